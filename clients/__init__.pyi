@@ -1,0 +1,39 @@
+from . import calls as calls
+from . import catalog as catalog
+from . import errors as errors
+from . import randomness as randomness
+from .errors import ClientError, FedsimError, RequestError, RunError
+from .hooks import ClientData, Correction, LocalContext, LocalTraining, Variables
+from .initialization import initialize
+from .parts import Part
+from .recipe import Recipe
+from .task import Classification, Multilabel, Regression, Segmentation, Task, Tokens
+from .updates import Updates
+from .weights import Layout
+
+__all__ = [
+    "Classification",
+    "ClientData",
+    "ClientError",
+    "Correction",
+    "FedsimError",
+    "Layout",
+    "LocalContext",
+    "LocalTraining",
+    "Multilabel",
+    "Part",
+    "Recipe",
+    "Regression",
+    "RequestError",
+    "RunError",
+    "Segmentation",
+    "Task",
+    "Tokens",
+    "Updates",
+    "Variables",
+    "calls",
+    "catalog",
+    "errors",
+    "initialize",
+    "randomness",
+]

@@ -1,0 +1,180 @@
+"""What is learnt: how a model is called, its loss, and the statistics that metrics are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Batch = Mapping[str, Tensor]
+Total = Mapping[str, Tensor]
+
+
+class Task:
+    """The base of every task; a user's own overrides what differs.
+
+    ``forward``, ``loss`` and ``statistics`` see one client's batch, ``[B, ...]`` each column; in stacked training they
+    run under ``torch.vmap``. Values are per example: the trainer masks and averages.
+
+    Attributes:
+        primary: the metric that runs are judged by (tuning, early stopping, ``--json``).
+        higher_is_better: its direction.
+    """
+
+    primary: str = "loss"
+    higher_is_better: bool = False
+
+    def forward(self, model: Any, batch: Batch) -> Any:
+        """Outputs of the model for a batch; by default ``model(batch["x"])``."""
+        return model(batch["x"])
+
+    def loss(self, outputs: Any, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
+        """``[B]`` loss values, or ``([B] values, [B] weights)`` where examples count unequally (padding)."""
+        raise NotImplementedError
+
+    def statistics(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        """Per-example statistics ``{name: [B, m]}`` (or ``[B]``); they are summed by client, split and round."""
+        return {}
+
+    def metric(self, name: str, total: Total) -> float:
+        """A metric from summed statistics (each ``float64 [m]``); ``total["examples"]`` is the count ``[1]``.
+
+        By default the mean of a statistic of one number.
+        """
+        return float(total[name][0] / total["examples"][0])
+
+    def metrics(self, total: Total) -> dict[str, float]:
+        """Every metric of the summed statistics: ``loss`` (weighted mean), ``primary``, and each that :meth:`metric` gives."""
+        found = {"loss": float(total["loss"][0] / total["loss_weight"][0]) if total["loss_weight"][0] > 0 else float("nan")}
+        names = [name for name in total if name not in ("examples", "loss", "loss_weight")]
+        for name in dict.fromkeys([self.primary, *names]):
+            if name == "loss":
+                continue
+            try:
+                found[name] = self.metric(name, total)
+            except KeyError:
+                if name == self.primary:
+                    raise
+        return found
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class Classification(Task):
+    """One class per example: ``batch["y"]`` ``int64 [B]``, outputs logits ``[B, classes]``; cross-entropy in nats."""
+
+    primary = "accuracy"
+    higher_is_better = True
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(outputs, batch["y"], reduction="none")
+
+    def statistics(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return {"accuracy": (outputs.argmax(-1) == batch["y"]).to(torch.float32)}
+
+
+class Multilabel(Task):
+    """Several yes/no labels per example: ``batch["y"]`` in {0, 1} ``[B, labels]``, outputs logits alike.
+
+    Metrics: ``f1`` (micro, from summed true positives, false positives and false negatives) and ``accuracy`` by label.
+    """
+
+    primary = "f1"
+    higher_is_better = True
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        target = batch["y"].to(outputs.dtype)
+        return F.binary_cross_entropy_with_logits(outputs, target, reduction="none").mean(-1)
+
+    def statistics(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        said, truth = outputs > 0, batch["y"] > 0
+        counts = torch.stack([(said & truth).sum(-1), (said & ~truth).sum(-1), (~said & truth).sum(-1)], dim=-1)
+        return {"f1": counts.to(torch.float32), "accuracy": (said == truth).to(torch.float32).mean(-1)}
+
+    def metric(self, name: str, total: Total) -> float:
+        if name != "f1":
+            return super().metric(name, total)
+        true, false, missed = total["f1"].tolist()
+        return 2 * true / max(2 * true + false + missed, 1.0)
+
+
+class Regression(Task):
+    """Real targets: ``batch["y"]`` ``[B]`` or ``[B, m]``, outputs alike; mean squared error. Metric: ``rmse``."""
+
+    primary = "rmse"
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return _by_example((outputs.reshape(batch["y"].shape) - batch["y"]).square()).mean(-1)
+
+    def statistics(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return {"rmse": self.loss(outputs, batch)}
+
+    def metric(self, name: str, total: Total) -> float:
+        return super().metric(name, total) ** 0.5 if name == "rmse" else super().metric(name, total)
+
+
+class Segmentation(Task):
+    """A class per pixel: ``batch["y"]`` ``int64 [B, H, W]``, outputs logits ``[B, classes, H, W]``.
+
+    Metrics: ``mean_iou`` (over the classes that occur in truth or prediction) and ``accuracy`` by pixel.
+    """
+
+    primary = "mean_iou"
+    higher_is_better = True
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return _by_example(F.cross_entropy(outputs, batch["y"], reduction="none")).mean(-1)
+
+    def statistics(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        classes = torch.arange(outputs.shape[1], device=outputs.device)
+        said = outputs.argmax(1).flatten(1)[..., None] == classes
+        truth = batch["y"].flatten(1)[..., None] == classes
+        counts = torch.cat([(said & truth).sum(1), (said | truth).sum(1)], dim=-1)
+        return {"mean_iou": counts.to(torch.float32), "accuracy": (said & truth).any(-1).to(torch.float32).mean(-1)}
+
+    def metric(self, name: str, total: Total) -> float:
+        if name != "mean_iou":
+            return super().metric(name, total)
+        both, either = total["mean_iou"].chunk(2)
+        return float((both[either > 0] / either[either > 0]).mean()) if bool((either > 0).any()) else float("nan")
+
+
+class Tokens(Task):
+    """A class per token: ``batch["y"]`` ``int64 [B, T]`` with ``ignore`` where padded, outputs logits ``[B, T, classes]``.
+
+    An example counts by its real tokens, in training and in metrics. Metric: ``accuracy`` by token.
+    """
+
+    primary = "accuracy"
+    higher_is_better = True
+    ignore = -100
+
+    def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        real = (batch["y"] != self.ignore).to(outputs.dtype)
+        target = batch["y"].clamp(min=0)
+        values = F.cross_entropy(outputs.movedim(-1, 1), target, reduction="none") * real
+        count = real.sum(-1)
+        return values.sum(-1) / count.clamp(min=1), count
+
+    def statistics(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        real = batch["y"] != self.ignore
+        right = (outputs.argmax(-1) == batch["y"]) & real
+        return {"accuracy": torch.stack([right.sum(-1), real.sum(-1)], dim=-1).to(torch.float32)}
+
+    def metric(self, name: str, total: Total) -> float:
+        return float(total[name][0] / total[name][1].clamp(min=1))
+
+
+def _by_example(values: Tensor) -> Tensor:
+    """``[B, ...]`` as ``[B, m]``."""
+    return values.reshape(values.shape[0], -1)
+
+
+def loss_and_weights(task: Task, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """A task's loss as ``([B] values, [B] weights or None)``."""
+    found = task.loss(outputs, batch)
+    return found if isinstance(found, tuple) else (found, None)

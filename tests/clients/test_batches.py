@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import numpy as np
+
+from clients.batches import Work, schedule, work
+from clients.recipe import Recipe
+from tests.clients.problems import SIZES, members
+
+
+def _planned(clients: np.ndarray, recipe: Recipe):
+    done = work(recipe, np.array(SIZES)[clients], clients, seed=0, round=3)
+    order = np.argsort(-done.steps, kind="stable")
+    ranked = Work(done.examples[order], done.per_epoch[order], done.steps[order])
+    where = [members()(client) for client in clients[order]]
+    return clients[order], ranked, schedule(ranked, where, clients[order], recipe.batch_size, 0, 3)
+
+
+def _batches(clients, plan, client):
+    column = int(np.flatnonzero(clients == client)[0])
+    return [plan.index[t, column, : plan.count[t, column]].tolist() for t in range(len(plan.count)) if plan.count[t, column]]
+
+
+def test_each_epoch_visits_every_example_once_in_an_order_of_its_own():
+    clients, done, plan = _planned(np.arange(6), Recipe(batch_size=10, epochs=3))
+    for i, client in enumerate(clients):
+        batches = _batches(clients, plan, client)
+        assert len(batches) == done.steps[i]
+        epochs = [sum(batches[e * done.per_epoch[i] : (e + 1) * done.per_epoch[i]], []) for e in range(3)]
+        for epoch in epochs:
+            assert sorted(epoch) == members()(client).tolist()
+        if SIZES[client] > 5:
+            assert epochs[0] != epochs[1]
+
+
+def test_a_clients_batches_do_not_depend_on_its_stack():
+    recipe = Recipe(batch_size=10, epochs=2)
+    clients, _, plan = _planned(np.arange(6), recipe)
+    for client in range(6):
+        alone, _, single = _planned(np.array([client]), recipe)
+        assert _batches(alone, single, client) == _batches(clients, plan, client)
+
+
+def test_those_still_training_are_a_prefix():
+    _, done, plan = _planned(np.arange(6), Recipe(batch_size=10, epochs=2))
+    for step, active in enumerate(plan.active):
+        assert (done.steps[:active] > step).all()
+        assert (done.steps[active:] <= step).all()
+
+
+def test_steps_instead_of_epochs_and_uneven_work():
+    examples, clients = np.array([25, 3]), np.array([0, 1])
+    assert work(Recipe(steps=7), examples, clients, 0, 1).steps.tolist() == [7, 7]
+    many = np.arange(3000)
+    drawn = work(Recipe(epochs={"uniform": (1, 19)}), np.full(3000, 10), many, 0, 1).steps
+    assert drawn.min() == 1
+    assert drawn.max() == 19
+    assert abs(drawn.mean() - 10) < 0.4  # standard error 0.1
+    again = work(Recipe(epochs={"uniform": (1, 19)}), np.full(3000, 10), many, 0, 2).steps
+    assert (again != drawn).mean() > 0.9  # drawn anew each round
