@@ -1,0 +1,32 @@
+from . import server_optimizers as server_optimizers
+from .adaptive import FedAdagrad, FedAdam, FedYogi
+from .aggregation import Aggregator, Mean, mean
+from .averaging import FedAvg, FedAvgM
+from .checks import Check, CheckContext
+from .context import Context
+from .plugins import Plugin
+from .sampling import All, Fixed, Poisson, Sampling
+from .server_optimizers import ServerOptimizer
+from .strategy import Strategy
+
+__all__ = [
+    "Aggregator",
+    "All",
+    "Check",
+    "CheckContext",
+    "Context",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedYogi",
+    "Fixed",
+    "Mean",
+    "Plugin",
+    "Poisson",
+    "Sampling",
+    "ServerOptimizer",
+    "Strategy",
+    "mean",
+    "server_optimizers",
+]

@@ -1,0 +1,69 @@
+"""Adaptive server optimisers as strategies (Reddi et al. 2021, "Adaptive federated optimization", Algorithm 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clients.recipe import NonNegative, Positive
+from strategies.server_optimizers import Adagrad, Adam, Yogi
+from strategies.strategy import Strategy
+
+
+class FedAdam(Strategy):
+    """FedAvg's mean update D through Adam: x <- x + lr m / (sqrt(v) + tau).
+
+    Args:
+        lr: server learning rate.
+        b1: first-moment decay.
+        b2: second-moment decay.
+        tau: degree of adaptivity.
+        bias_correction: off in the paper.
+        initial_accumulator: v before the first round.
+        **parts: other parts of the composition, see :class:`Strategy`.
+    """
+
+    def __init__(
+        self,
+        lr: Positive = 0.01,
+        b1: NonNegative = 0.9,
+        b2: NonNegative = 0.99,
+        tau: Positive = 1e-3,
+        bias_correction: bool = False,
+        initial_accumulator: NonNegative = 0.0,
+        **parts: Any,
+    ):
+        optimizer = Adam(lr, b1, b2, tau, bias_correction, initial_accumulator)
+        super().__init__(**{"server_optimizer": optimizer, **parts})
+
+
+class FedYogi(Strategy):
+    """FedAvg's mean update through Yogi, whose second moment moves by at most (1 - b2) D^2; arguments as FedAdam."""
+
+    def __init__(
+        self,
+        lr: Positive = 0.01,
+        b1: NonNegative = 0.9,
+        b2: NonNegative = 0.99,
+        tau: Positive = 1e-3,
+        bias_correction: bool = False,
+        initial_accumulator: NonNegative = 0.0,
+        **parts: Any,
+    ):
+        optimizer = Yogi(lr, b1, b2, tau, bias_correction, initial_accumulator)
+        super().__init__(**{"server_optimizer": optimizer, **parts})
+
+
+class FedAdagrad(Strategy):
+    """FedAvg's mean update through Adagrad, by default without first moment (b1 = 0), as in the paper."""
+
+    def __init__(
+        self,
+        lr: Positive = 0.1,
+        b1: NonNegative = 0.0,
+        tau: Positive = 1e-3,
+        bias_correction: bool = False,
+        initial_accumulator: NonNegative = 0.0,
+        **parts: Any,
+    ):
+        optimizer = Adagrad(lr, b1, tau, bias_correction, initial_accumulator)
+        super().__init__(**{"server_optimizer": optimizer, **parts})

@@ -1,0 +1,130 @@
+"""From rows, or their weighted sum, to one row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from clients.errors import RunError
+from clients.updates import Updates
+from strategies.context import Context
+
+State = dict[str, Any]
+_COLUMNS = 1 << 16
+
+
+class Aggregator:
+    """The base of every rule. State is returned, never kept on ``self``; the engine checkpoints it.
+
+    Attributes:
+        needs: ``"sum"`` where the weighted sum of rows is enough (workers add, the server holds O(d)), ``"rows"`` where
+            the rule looks at every client's row.
+        min_rows: how many rows the rule needs; a smaller cohort keeps the weights, and that is recorded.
+    """
+
+    needs: Literal["sum", "rows"] = "sum"
+    min_rows: int = 1
+
+    def init(self, ctx: Context) -> State:
+        """The rule's first state: a dict of tensors."""
+        return {}
+
+    def prepare(self, u: Updates, ctx: Context) -> Updates:
+        """In the worker: weights (default: training examples), row scaling, named statistics."""
+        return u.replace(weights=u.examples.to(torch.float64))
+
+    def combine(self, u: Updates, state: State, ctx: Context) -> tuple[Tensor, State, dict[str, Any]]:
+        """The aggregate update ``[d]``, the new state, and per-client values for the record.
+
+        Where ``needs == "sum"``, ``u.rows`` is the weighted sum ``float64 [1, d]``, ``u.weights`` ``[1]`` the total
+        weight and each of ``u.sends`` a sum; else ``u`` is the cohort, ordered by client id.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Mean(Aggregator):
+    """Weighted mean, sum_k n_k x_k / sum_k n_k (McMahan et al. 2017, "Communication-efficient learning", Algorithm 1).
+
+    Over the clients sampled, so with unequal n_k it is a ratio estimator of the mean over all clients, not an unbiased one.
+
+    Args:
+        weighting: ``examples`` weighs by training examples, ``uniform`` counts every client alike.
+    """
+
+    weighting: Literal["examples", "uniform"] = "examples"
+
+    def prepare(self, u: Updates, ctx: Context) -> Updates:
+        return super().prepare(u, ctx) if self.weighting == "examples" else u.replace(weights=torch.ones_like(u.weights))
+
+    def combine(self, u: Updates, state: State, ctx: Context) -> tuple[Tensor, State, dict[str, Any]]:
+        return u.rows[0] / _positive(u.weights.sum()), state, {}
+
+
+def mean(rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted mean of rows, accumulated in float64 and rounded once.
+
+    ``x_0 + sum_k w_k (x_k - x_0) / sum_k w_k``: equal rows give that very row.
+
+    Args:
+        rows: ``[n, d]``.
+        weights: ``[n]``, not negative; left out, all count alike.
+
+    Returns:
+        ``[d]`` in the rows' dtype.
+
+    Raises:
+        RunError: for no rows, another number of weights, a negative or not finite weight, or a total weight of zero.
+    """
+    if rows.dim() != 2 or not len(rows):
+        raise RunError(f"mean: needs rows [n, d] with n above 0, not {list(rows.shape)}")
+    w = torch.ones(len(rows), dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+    if w.shape != (len(rows),):
+        raise RunError(f"mean: {list(w.shape)} weights do not fit {len(rows)} rows")
+    if not bool(torch.isfinite(w).all()) or bool((w < 0).any()):
+        raise RunError("mean: weights must be finite and not negative")
+    share = w / _positive(w.sum())
+    result = torch.empty_like(rows[0])
+    for start in range(0, rows.shape[1], _COLUMNS):
+        block = rows[:, start : start + _COLUMNS].to(torch.float64)
+        moved = ((block - block[0]) * share[:, None]).sum(0)
+        result[start : start + _COLUMNS] = block[0] + moved
+    return result
+
+
+def weighted_sum(u: Updates) -> Updates:
+    """The reduction of sum mode: a block of clients as one row, added in client order, in float64."""
+    total = torch.zeros(1, u.rows.shape[1], dtype=torch.float64)
+    for row, weight in zip(u.rows, u.weights.tolist(), strict=True):
+        total[0].add_(row, alpha=weight)
+    return Updates(
+        rows=total,
+        clients=u.clients,
+        examples=u.examples.sum(0, keepdim=True),
+        steps=u.steps.sum(0, keepdim=True),
+        weights=u.weights.sum(0, keepdim=True),
+        sends={name: value.to(torch.float64).sum(0, keepdim=True) for name, value in u.sends.items()},
+    )
+
+
+def add_sums(total: Updates | None, part: Updates) -> Updates:
+    """Adds a chunk's sum to the total, in place; the order of the calls is the order of addition."""
+    if total is None:
+        return part.replace(rows=part.rows.clone(), sends={name: value.clone() for name, value in part.sends.items()})
+    total.rows.add_(part.rows)
+    return total.replace(
+        clients=torch.cat([total.clients, part.clients]),
+        examples=total.examples + part.examples,
+        steps=total.steps + part.steps,
+        weights=total.weights + part.weights,
+        sends={name: value + part.sends[name] for name, value in total.sends.items()},
+    )
+
+
+def _positive(total: Tensor) -> Tensor:
+    if not float(total) > 0:
+        raise RunError("aggregation: the clients' total weight is zero, so there is no mean")
+    return total

@@ -1,0 +1,36 @@
+"""Averaging: FedAvg, and FedAvg with momentum on the server."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from clients.recipe import NonNegative, Positive
+from strategies.aggregation import Mean
+from strategies.server_optimizers import SGD
+from strategies.strategy import Strategy
+
+
+class FedAvg(Strategy):
+    """x <- x + sum_k n_k (x_k - x) / sum_k n_k over the round's clients (McMahan et al. 2017).
+
+    Args:
+        weighting: ``examples`` weighs clients by their training examples, ``uniform`` counts them alike.
+        **parts: other parts of the composition, see :class:`Strategy`.
+    """
+
+    def __init__(self, weighting: Literal["examples", "uniform"] = "examples", **parts: Any):
+        super().__init__(**{"aggregator": Mean(weighting), **parts})
+
+
+class FedAvgM(Strategy):
+    """FedAvg with server momentum: m <- momentum m + D, x <- x + lr m, D the mean update (Hsu et al. 2019).
+
+    Args:
+        lr: server learning rate.
+        momentum: no dampening; 0 with ``lr`` 1 is FedAvg to the bit.
+        nesterov: x <- x + lr (D + momentum m).
+        **parts: other parts of the composition, see :class:`Strategy`.
+    """
+
+    def __init__(self, lr: Positive = 1.0, momentum: NonNegative = 0.9, nesterov: bool = False, **parts: Any):
+        super().__init__(**{"server_optimizer": SGD(lr, momentum, nesterov), **parts})

@@ -1,0 +1,3 @@
+from .check import Check, CheckContext, Findings
+
+__all__ = ["Check", "CheckContext", "Findings"]

@@ -1,0 +1,79 @@
+"""What a strategy's parts may read: a round's circumstances, read-only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients import randomness
+from clients.errors import RunError
+from clients.task import Task
+from clients.weights import Layout
+
+
+class People(Protocol):
+    """The population as a strategy sees it."""
+
+    @property
+    def clients(self) -> int:
+        """How many clients there are; ids are ``0 .. clients - 1``."""
+        ...
+
+    @property
+    def trainable(self) -> np.ndarray:
+        """``int64`` ids of those that can be asked to train: with data, and not held out."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """Read-only circumstances of a round.
+
+    Attributes:
+        round: the round, from 1; 0 while state is set up.
+        layout: names -> slices of a row.
+        weights: ``[d]`` the global weights the round starts from.
+        population: how many clients there are, and which can train.
+        task: what is learnt.
+        seed: the experiment's seed; use :meth:`generator` and :meth:`uniform` to draw.
+        server: what only the server has (``data``, ``train``, ``evaluate``); empty in a worker.
+    """
+
+    round: int
+    layout: Layout
+    weights: Tensor
+    population: People
+    task: Task
+    seed: int = 0
+    server: Mapping[str, Callable[..., Any]] | None = None
+
+    def generator(self, purpose: str, client: int = 0) -> torch.Generator:
+        """A generator of this round's own for one purpose (and one client)."""
+        return randomness.generator(self.seed, purpose, self.round, client)
+
+    def uniform(self, purpose: str, clients: Tensor | np.ndarray, size: int = 1) -> Tensor:
+        """``float64 [k, size]`` uniform draws, one keyed stream a client, the same whoever else is in the block."""
+        ids = clients.numpy() if isinstance(clients, Tensor) else clients
+        return torch.from_numpy(randomness.uniforms(randomness.keys(self.seed, purpose, self.round, ids), size))
+
+    def data(self, split: str) -> dict[str, Tensor]:
+        """A server split (``"proxy"``, ``"root"``, ``"validation"``), whole: column -> ``[n, ...]``."""
+        return self._of_server("data")(split)
+
+    def train(self, row: Tensor, split: str) -> Tensor:
+        """Trains ``row`` ``[d]`` on a server split by the clients' recipe; returns the trained row."""
+        return self._of_server("train")(row, split, self.round)
+
+    def evaluate(self, row: Tensor, split: str) -> dict[str, float]:
+        """Metrics of ``row`` ``[d]`` on a server split."""
+        return self._of_server("evaluate")(row, split)
+
+    def _of_server(self, name: str) -> Callable[..., Any]:
+        if self.server is None:
+            raise RunError(f"round {self.round}: ctx.{name} is the server's; the client half of a plug-in cannot call it")
+        return self.server[name]

@@ -1,0 +1,190 @@
+"""A strategy is a composition: sampling + correction + plug-ins + aggregator + server optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clients.errors import RequestError
+from clients.hooks import Correction
+from clients.updates import Updates
+from strategies.aggregation import Aggregator, Mean, weighted_sum
+from strategies.context import Context
+from strategies.plugins import Plugin
+from strategies.sampling import Fixed, Sampling
+from strategies.server_optimizers import SGD, ServerOptimizer
+
+State = dict[str, Any]
+Info = dict[str, Any]
+
+
+class Strategy:
+    """How a server chooses clients, combines what they send, and moves the weights. A preset is a subclass.
+
+    Args:
+        sampling: who trains in a round; left out, a fixed cohort of 10.
+        correction: what changes in the local loop.
+        plugins: what happens to updates on their way, in order.
+        aggregator: from rows (or their weighted sum) to one row.
+        server_optimizer: what is done with the pseudo-gradient; left out, it is added as it is.
+
+    Raises:
+        RequestError: for a part of the wrong kind, and for compositions that make no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        sampling: Sampling | None = None,
+        correction: Correction | None = None,
+        plugins: Sequence[Plugin] = (),
+        aggregator: Aggregator | None = None,
+        server_optimizer: ServerOptimizer | None = None,
+    ):
+        self.sampling = Fixed(clients_per_round=10) if sampling is None else sampling
+        self.correction = Correction() if correction is None else correction
+        self.plugins = tuple(plugins)
+        self.aggregator = Mean() if aggregator is None else aggregator
+        self.server_optimizer = SGD() if server_optimizer is None else server_optimizer
+        self._refuse()
+
+    def _refuse(self) -> None:
+        kinds = {
+            "sampling": Sampling,
+            "correction": Correction,
+            "aggregator": Aggregator,
+            "server_optimizer": ServerOptimizer,
+        }
+        problems = [
+            f"strategy.{name}: {getattr(self, name)!r} is no {kind.__name__}; derive it from strategies.{kind.__name__}"
+            for name, kind in kinds.items()
+            if not isinstance(getattr(self, name), kind)
+        ]
+        problems += [
+            f"plugins: {plugin!r} is no Plugin; derive it from strategies.Plugin"
+            for plugin in self.plugins
+            if not isinstance(plugin, Plugin)
+        ]
+        if not problems and self.aggregator.needs not in ("sum", "rows"):
+            problems.append(
+                f"strategy.aggregator: {self.aggregator!r} needs {self.aggregator.needs!r}; say \"sum\" or \"rows\""
+            )
+        if not problems and self.aggregator.needs == "rows":
+            problems += [
+                f"plugins: {plugin!r} adds the updates so that nobody sees one, but {self.aggregator!r} needs every"
+                " row; use an aggregator that needs only the sum, such as mean"
+                for plugin in self.plugins
+                if plugin.owns_sum
+            ]
+        if problems:
+            raise RequestError(problems)
+
+    def with_parts(self, **parts: Any) -> Strategy:
+        """The same composition with some parts replaced; a plain :class:`Strategy`."""
+        mine = {name: getattr(self, name) for name in _PARTS}
+        return Strategy(**{**mine, **{name: part for name, part in parts.items() if part is not None}})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Strategy) and all(getattr(self, name) == getattr(other, name) for name in _PARTS)
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(repr, (getattr(self, name) for name in _PARTS))))
+
+    def __repr__(self) -> str:
+        plain = Strategy.__new__(Strategy)
+        Strategy.__init__(plain)
+        said = [
+            f"{name}={getattr(self, name)!r}" for name in _PARTS if getattr(self, name) != getattr(plain, name)
+        ]
+        return f"{type(self).__name__}({', '.join(said)})"
+
+    # State: one flat dict of tensors, "part/name" -> tensor, so that a checkpoint is a list of tensors.
+
+    def init(self, ctx: Context) -> State:
+        """The whole server state before the first round."""
+        state = _under("aggregator", self.aggregator.init(ctx))
+        state |= _under("server_optimizer", self.server_optimizer.init(ctx.weights))
+        for name, size in self.correction.server_state.items():
+            state[f"correction/{name}"] = torch.zeros(_length(size, ctx), dtype=ctx.layout.dtype)
+        for place, plugin in self._named_plugins():
+            state |= _under(place, plugin.init(ctx))
+        return state
+
+    def client_state(self, ctx: Context) -> dict[str, int]:
+        """Name -> length of what every client keeps between rounds."""
+        kept = {f"correction/{name}": _length(size, ctx) for name, size in self.correction.client_state.items()}
+        for place, plugin in self._named_plugins():
+            kept |= {f"{place}/{name}": _length(size, ctx) for name, size in plugin.client_state.items()}
+        return kept
+
+    def broadcast(self, state: State) -> State:
+        """The part of the state that goes to the clients with the weights, and is billed."""
+        return {name: value for name, value in state.items() if name.startswith(("correction/", "plugin/"))}
+
+    # The worker's half.
+
+    def contribute(self, u: Updates, state: State, kept: Mapping[str, Tensor], ctx: Context) -> tuple[Updates, State]:
+        """Prepares a chunk: weights, the client halves of the plug-ins, then what the server does on arrival.
+
+        Returns:
+            The updates as they enter the reduction, and the new client state of the plug-ins.
+        """
+        u = self.aggregator.prepare(u, ctx)
+        fresh: State = {}
+        for place, plugin in self._named_plugins():
+            mine = {name: kept[f"{place}/{name}"] for name in plugin.client_state}
+            u, after = plugin.client(u, {**_of(place, state), **mine}, ctx)
+            fresh |= {f"{place}/{name}": after[name] for name in plugin.client_state}
+        u = u.replace(nbytes=u.bill())
+        for place, plugin in reversed(list(self._named_plugins())):
+            u = plugin.server_each(u, _of(place, state), ctx)
+        return u, fresh
+
+    def reduce(self, u: Updates) -> Updates:
+        """A chunk's weighted sum, for an aggregator that needs no more."""
+        return weighted_sum(u)
+
+    # The server's half.
+
+    def aggregate(self, u: Updates, state: State, ctx: Context) -> tuple[Tensor, State, Info]:
+        """From the reduced updates to new weights ``[d]``, the new state, and the rule's per-client values."""
+        combined, after, info = self.aggregator.combine(u, _of("aggregator", state), ctx)
+        state = {**_without("aggregator", state), **_under("aggregator", after)}
+        total = u.replace(rows=combined[None].to(ctx.layout.dtype))
+        for place, plugin in self._named_plugins():
+            total, after = plugin.server_total(total, _of(place, state), ctx)
+            state = {**_without(place, state), **_under(place, after)}
+        own = self.correction.server(u, _of("correction", state), ctx)
+        state = {**_without("correction", state), **_under("correction", own)}
+        row, after = self.server_optimizer.step(ctx.weights, total.rows[0], _of("server_optimizer", state))
+        state = {**_without("server_optimizer", state), **_under("server_optimizer", after)}
+        return row.to(ctx.layout.dtype), state, info
+
+    def _named_plugins(self) -> list[tuple[str, Plugin]]:
+        return [(f"plugin/{i}-{type(plugin).__name__}", plugin) for i, plugin in enumerate(self.plugins)]
+
+
+_PARTS = ("sampling", "correction", "plugins", "aggregator", "server_optimizer")
+
+
+def _length(size: str | int, ctx: Context) -> int:
+    return ctx.layout.size if size == "row" else int(size)
+
+
+def _under(place: str, state: Mapping[str, Any]) -> State:
+    """State as tensors under a prefix; plain numbers become float64 tensors, so that a resume gives the same types."""
+    return {
+        f"{place}/{name}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        for name, value in state.items()
+    }
+
+
+def _of(place: str, state: Mapping[str, Any]) -> State:
+    return {name[len(place) + 1 :]: value for name, value in state.items() if name.startswith(f"{place}/")}
+
+
+def _without(place: str, state: Mapping[str, Any]) -> State:
+    return {name: value for name, value in state.items() if not name.startswith(f"{place}/")}
