@@ -1,0 +1,358 @@
+"""All cores of this machine: forked workers, one torch thread each; weights, data and results in shared memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clients.errors import RunError
+from fedsim.engines.engine import Answer, Engine, Result, _reused
+from fedsim.engines.memory import Segment, Segments, dumps
+from fedsim.engines.wire import Channel
+
+_WAITING = 2  # chunks a worker holds: one at work, one to begin with at once
+_TRIES = 3
+_BIG = 1 << 16  # bytes from which a result's tensor goes through shared memory
+
+# The driver's paths come first, so that the nursery finds the same packages.
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
+    " from fedsim.engines.nursery import main; main(int(sys.argv[2]))"
+)
+
+
+# ---------------------------------------------------------------------------------------------------------- the worker
+
+
+def serve(sock: socket.socket) -> None:
+    """The worker's loop: the setup first, then a job at a time; ends with the driver, whatever it is doing then."""
+    segments = Segments()
+    channel = Channel(sock, segments)
+    shelf = _Shelf(segments)
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    # A thread reads, so that the driver's sends never wait for a worker that is itself sending.
+    threading.Thread(target=_listen, args=(channel, inbox), daemon=True).start()
+    worker = _setup(channel, inbox)
+    broadcasts: dict[int, Any] = {}
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        while worker is not None:
+            kind, *rest = inbox.get()
+            if kind == "broadcast":
+                broadcasts = {rest[0]: rest[1]}
+                continue
+            job, number, task, chunk = rest
+            begun = time.perf_counter()
+            try:
+                answer = getattr(worker, task)(chunk, broadcasts[number])
+                answer = Answer(answer.value, shelf.place(answer.tensors))
+                message = ("done", job, answer, time.perf_counter() - begun)
+            except Exception as error:
+                message = ("raised", job, f"{type(error).__name__}: {error}", traceback.format_exc())
+            channel.send(message)
+
+
+def _listen(channel: Channel, inbox: queue.SimpleQueue[Any]) -> None:
+    """Reads until the driver is gone, and ends the process then."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            inbox.put(channel.receive())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _setup(channel: Channel, inbox: queue.SimpleQueue[Any]) -> Any:
+    try:
+        worker = inbox.get()()
+    except Exception as error:
+        channel.send(("raised", -1, f"{type(error).__name__}: {error}", traceback.format_exc()))
+        return None
+    channel.send(("ready", os.getpid()))
+    return worker
+
+
+class _Shelf:
+    """A worker's places for large results, used in turn: as many as it may have results waiting, and one to write."""
+
+    def __init__(self, segments: Segments):
+        self.segments = segments
+        self.places: list[dict[str, Tensor]] = [{} for _ in range(_WAITING + 1)]
+        self.turn = 0
+        self.number = 0
+
+    def place(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        place = self.places[self.turn]
+        self.turn = (self.turn + 1) % len(self.places)
+        placed = {}
+        for name, tensor in tensors.items():
+            if tensor.numel() * tensor.element_size() < _BIG:
+                placed[name] = tensor
+                continue
+            placed[name] = _reused(place, name, tensor.shape, tensor.dtype, self._make)
+            placed[name].copy_(tensor)
+        return placed
+
+    def _make(self, size: int, dtype: torch.dtype) -> Tensor:
+        self.number += 1
+        segment = self.segments.add(Segment((os.getpid(), self.number), size * dtype.itemsize))
+        return segment.tensor(0, (size,), (1,), dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- the driver
+
+
+@dataclass
+class _Job:
+    number: int
+    chunk: Any
+    tries: int = 0
+    retries: list[str] = field(default_factory=list)
+    result: Result | None = None
+
+
+@dataclass(eq=False)
+class _Worker:
+    channel: Channel
+    pid: int = 0
+    jobs: deque[_Job] = field(default_factory=deque)
+    held: int = 0
+    broadcast: int = -1
+    begun: float = 0.0
+
+    def fileno(self) -> int:
+        return self.channel.fileno()
+
+
+class Processes(Engine):
+    """Worker processes on this machine.
+
+    Args:
+        workers: how many; left out, one for each core this process may use.
+        client_timeout: seconds a client may take before its chunk counts as lost; left out, any time.
+    """
+
+    def __init__(self, workers: int | None = None, client_timeout: float | None = None):
+        self.count = workers or len(os.sched_getaffinity(0))
+        self.client_timeout = client_timeout
+        self.segments = Segments()
+        self.buffers: dict[str, Tensor] = {}
+        self.made = 0
+        self.broadcasts = 0
+        self.crew: list[_Worker] = []
+        self.interrupted = False
+        self._launch()
+
+    @property
+    def workers(self) -> int:
+        return self.count
+
+    def _launch(self) -> None:
+        """Starts the nursery at once: it loads torch while the driver loads the data."""
+        self.control, theirs = socket.socketpair()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
+        paths = json.dumps([os.path.abspath(path) for path in sys.path])
+        self.nursery = subprocess.Popen(
+            [sys.executable, "-c", _START, paths, str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what a client's code prints must not mix with the results on the driver's stdout
+            env=environment,
+        )
+        theirs.close()
+
+    def start(self, setup: Callable[[], Any]) -> None:
+        self.setup = dumps(setup, self.segments)
+        self.crew = [self._hire() for _ in range(self.count)]
+        for worker in self.crew:
+            self._welcome(worker)
+
+    def _hire(self) -> _Worker:
+        ours, theirs = socket.socketpair()
+        try:
+            socket.send_fds(self.control, [b"w"], [theirs.fileno()])
+        except OSError as error:
+            raise RunError(f"engine: the worker processes could not be started ({error}); see the messages above") from None
+        theirs.close()
+        worker = _Worker(Channel(ours, self.segments))
+        with contextlib.suppress(OSError):
+            worker.channel.send_pickled(*self.setup)
+        return worker
+
+    def _welcome(self, worker: _Worker) -> None:
+        try:
+            kind, *rest = worker.channel.receive()
+        except EOFError:
+            raise RunError("engine: a worker process ended while it was set up; see the messages above") from None
+        if kind == "raised":
+            raise RunError(f"engine: the worker could not be set up: {rest[1]}\n{rest[2]}")
+        worker.pid = rest[0]
+
+    def share(self, tensor: Tensor) -> Tensor:
+        if tensor.numel() == 0:
+            return tensor
+        shared = self._make(tensor.numel(), tensor.dtype).view(tensor.shape)
+        shared.copy_(tensor)
+        return shared
+
+    def buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return _reused(self.buffers, name, shape, dtype, self._make)
+
+    def _make(self, size: int, dtype: torch.dtype) -> Tensor:
+        self.made += 1
+        segment = self.segments.add(Segment((0, self.made), size * dtype.itemsize))
+        return segment.tensor(0, (size,), (1,), dtype)
+
+    def map(self, task: str, chunks: Sequence[Any], broadcast: Mapping[str, Any]) -> Iterator[Result]:
+        self.broadcasts += 1
+        shared = dumps(("broadcast", self.broadcasts, dict(broadcast)), self.segments)
+        order = [_Job(i, chunk) for i, chunk in enumerate(chunks)]
+        waiting = deque(order)
+        numbers = len(order)
+        place = 0
+        try:
+            while place < len(order):
+                job = order[place]
+                if job.result is not None:
+                    yield job.result
+                    self._release(job)
+                    place += 1
+                    continue
+                self._dispatch(task, waiting, shared)
+                for worker in self._ready():
+                    lost = self._hear(worker)
+                    if lost is None:
+                        continue
+                    again = self._replace(worker, lost)
+                    for back in reversed(again):
+                        if back.tries >= _TRIES:
+                            halves = self._halve(back, lost)
+                            if halves:
+                                at = order.index(back)
+                                fresh = [_Job(numbers + i, half, _TRIES - 1) for i, half in enumerate(halves)]
+                                numbers += len(fresh)
+                                fresh[0].retries = back.retries
+                                order[at : at + 1] = fresh
+                                waiting.extendleft(reversed(fresh))
+                            continue
+                        waiting.appendleft(back)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            raise
+        finally:
+            self._abandon()
+
+    def _dispatch(self, task: str, waiting: deque[_Job], shared: tuple[bytes, set]) -> None:
+        for depth in range(_WAITING):
+            for worker in self.crew:
+                if not waiting or len(worker.jobs) > depth or len(worker.jobs) + worker.held >= _WAITING:
+                    continue
+                job = waiting.popleft()
+                with contextlib.suppress(OSError):  # a worker that is gone is noticed when its answer is read
+                    if worker.broadcast != self.broadcasts:
+                        worker.channel.send_pickled(*shared)
+                        worker.broadcast = self.broadcasts
+                    worker.channel.send(("job", job.number, self.broadcasts, task, job.chunk))
+                if not worker.jobs:
+                    worker.begun = time.monotonic()
+                worker.jobs.append(job)
+
+    def _ready(self) -> list[_Worker]:
+        """Workers with something to say, or that took too long (their sockets are closed then)."""
+        busy = [worker for worker in self.crew if worker.jobs]
+        limits = [self._deadline(worker) for worker in busy] if self.client_timeout else []
+        wait = max(0.0, min(limits) - time.monotonic()) if limits else None
+        readable = select.select(busy, [], [], wait)[0]
+        late = [worker for worker in busy if limits and self._deadline(worker) < time.monotonic()]
+        return readable + [worker for worker in late if worker not in readable]
+
+    def _deadline(self, worker: _Worker) -> float:
+        clients = len(worker.jobs[0].chunk) if hasattr(worker.jobs[0].chunk, "__len__") else 1
+        return worker.begun + (self.client_timeout or 0.0) * clients
+
+    def _hear(self, worker: _Worker) -> str | None:
+        """Takes one answer; or says how the worker was lost."""
+        if self.client_timeout and self._deadline(worker) < time.monotonic() and not select.select([worker], [], [], 0)[0]:
+            return f"took longer than {self.client_timeout:g} s a client"
+        try:
+            kind, number, *rest = worker.channel.receive()
+        except EOFError:
+            return "its process ended (killed, or out of memory)"
+        job = worker.jobs.popleft()
+        assert job.number == number
+        worker.begun = time.monotonic()
+        if kind == "raised":
+            raise RunError(f"engine: {rest[0]}\n{rest[1]}")
+        answer, seconds = rest
+        job.result = Result(job.chunk, answer, worker.pid, seconds, retries=tuple(job.retries))
+        worker.held += 1
+        return None
+
+    def _release(self, job: _Job) -> None:
+        """The result was used: its worker's place is free again."""
+        assert job.result is not None
+        for worker in self.crew:
+            if worker.pid == job.result.pid:
+                worker.held -= 1
+        job.result = None
+
+    def _replace(self, worker: _Worker, why: str) -> list[_Job]:
+        """Hires somebody new; the first of the lost worker's chunks counts a try, the others had not begun."""
+        jobs = list(worker.jobs)
+        jobs[0].tries += 1
+        jobs[0].retries.append(f"worker {worker.pid}: {why}")
+        self._dismiss(worker)
+        fresh = self._hire()
+        self._welcome(fresh)
+        self.crew[self.crew.index(worker)] = fresh
+        return jobs
+
+    def _dismiss(self, worker: _Worker) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(worker.pid, 9)
+        worker.channel.close()
+        for key in [key for key in self.segments.by_key if key[0] == worker.pid]:
+            self.segments.remove(key)
+
+    def _halve(self, job: _Job, why: str) -> list[Any]:
+        """The halves of a chunk that was lost too often; none where it cannot be split, and then it is given up."""
+        halves = job.chunk.split() if hasattr(job.chunk, "split") else []
+        if not halves:
+            job.result = Result(job.chunk, None, 0, 0.0, lost=why, retries=tuple(job.retries))
+        return halves
+
+    def _abandon(self) -> None:
+        """After a map that ended early: what is still under way is waited for and thrown away."""
+        for worker in self.crew:
+            while worker.jobs and not self.interrupted:
+                try:
+                    worker.channel.receive()
+                    worker.jobs.popleft()
+                except EOFError:
+                    worker.jobs.clear()
+            worker.held = 0
+
+    def close(self) -> None:
+        for worker in self.crew:
+            worker.channel.close()
+        self.crew = []
+        self.control.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.nursery.wait(timeout=10)
+        self.buffers.clear()
+        self.segments.clear()
