@@ -5,6 +5,7 @@ from . import randomness as randomness
 from .errors import ClientError, FedsimError, RequestError, RunError
 from .hooks import ClientData, Correction, LocalContext, LocalTraining, Variables
 from .initialization import initialize
+from .optimizers import Optimizer
 from .parts import Part
 from .recipe import Recipe
 from .task import Classification, Multilabel, Regression, Segmentation, Task, Tokens
@@ -21,6 +22,7 @@ __all__ = [
     "LocalContext",
     "LocalTraining",
     "Multilabel",
+    "Optimizer",
     "Part",
     "Recipe",
     "Regression",

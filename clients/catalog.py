@@ -113,9 +113,7 @@ def describe(part: Part, kind: str, base: Path | None = None, *, key: str = "") 
     return _own(part, kind, base, key) if part.own else find(kind, part.name, key=key)
 
 
-def check(
-    part: Part, kind: str, base: Path | None = None, *, key: str = "", beside: Iterable[str] = ()
-) -> list[str]:
+def check(part: Part, kind: str, base: Path | None = None, *, key: str = "", beside: Iterable[str] = ()) -> list[str]:
     """What is wrong with a part, one line a key, without importing it.
 
     Args:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from clients.normalization import batch_norms, batch_statistics, recalibrate
+from clients.objective import TaskModule
 from clients.task import Batch, Task, loss_and_weights
-from clients.training import Examples, TaskModule, in_precision
+from clients.training import Examples, in_precision
 from clients.weights import Layout
 
 Total = dict[str, Tensor]

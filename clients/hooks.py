@@ -125,7 +125,7 @@ class LocalTraining:
     """Replaces the local loop, client by client. What it changes in the model's parameters is the update."""
 
     def train(self, model: nn.Module, data: ClientData, ctx: LocalContext) -> dict[str, float | Tensor]:
-        """Trains ``model`` in place; the returned numbers are sent beside the weights (``loss`` and ``steps`` are known)."""
+        """Trains ``model`` in place; the numbers returned are sent along (``loss`` and ``steps`` are known)."""
         raise NotImplementedError
 
 
@@ -138,4 +138,3 @@ class ClientFailure:
     stage: str
     message: str
     traceback: str = ""
-

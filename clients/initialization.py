@@ -54,9 +54,7 @@ def lecun_normal(weight: Tensor, fan_in: int, fan_out: int, generator: Generator
     return _normal(weight, 1 / fan_in, generator)
 
 
-def truncated_normal(
-    weight: Tensor, fan_in: int, fan_out: int, generator: Generator, *, std: float = 0.02
-) -> Tensor:
+def truncated_normal(weight: Tensor, fan_in: int, fan_out: int, generator: Generator, *, std: float = 0.02) -> Tensor:
     """Normal with this standard deviation, cut at two of them."""
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
 
@@ -98,7 +96,7 @@ def fans(module: nn.Module) -> tuple[int, int]:
 
 
 def is_weighted(module: nn.Module) -> bool:
-    """Whether an initialisation by name applies to this layer's ``weight``: linear, bilinear and convolutional layers."""
+    """Whether initialisation by name applies to this layer's ``weight``: linear, bilinear, convolutional."""
     return isinstance(module, nn.Linear | nn.Bilinear | _ConvNd)
 
 
@@ -107,8 +105,8 @@ def initialize(model: nn.Module, name: str | Part, seed: int, base: Path | None 
     """Draws a model's weights in place, layer by layer, each from its own keyed generator.
 
     Weights of linear and convolutional layers are drawn by ``name``; their biases become 0, norm scales 1 and shifts 0.
-    Other layers (embeddings, recurrent layers, attention's packed projection, parameters of the user's own) draw anew by
-    their own ``reset_parameters``. ``default`` lets every layer do that.
+    Other layers (embeddings, recurrent layers, attention's packed projection, a user's own) draw anew by their own
+    ``reset_parameters``. ``default`` lets every layer do that.
 
     Args:
         model: changed in place, and returned.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clients.recipe import NonNegative, Positive  # noqa: F401  (annotations that are checked before this is imported)
+from clients.recipe import NonNegative, Positive
 
 State = dict[str, Tensor]
 

@@ -1,4 +1,4 @@
-"""A part of an experiment: a name, ``file.py:Thing``, ``package.module:Thing`` or the object itself, settings beside it."""
+"""A part of an experiment: a name, ``file.py:Thing``, ``package.module:Thing`` or an object, settings beside it."""
 
 from __future__ import annotations
 
@@ -40,9 +40,13 @@ class Part:
         if isinstance(value, str):
             return cls._named(value, {})
         if isinstance(value, Mapping):
-            if not isinstance(value.get("name"), str):
-                raise ValueError("a table here needs name = \"...\" beside its settings")
-            return cls._named(value["name"], {k: v for k, v in value.items() if k != "name"})
+            settings = {key: setting for key, setting in value.items() if key != "name"}
+            if isinstance(value.get("name"), str):
+                return cls._named(value["name"], settings)
+            if value.get("name") is None:
+                raise ValueError('a table here needs name = "..." beside its settings')
+            named = cls.of(value["name"])
+            return cls(named.name, settings, named.thing)
         if value is None or isinstance(value, bool | int | float | list | tuple):
             raise ValueError(f"{value!r} is not a name, a table with a name, or an object")
         return cls(name=_describe(value), thing=value)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
+from clients.errors import RequestError
 from clients.parts import Part
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -25,15 +26,15 @@ DEFAULT_LR = {
 
 
 class Settings(BaseModel):
-    """Frozen settings; an unknown key is an error."""
+    """Frozen settings; an unknown key is an error, and so is ``"0.1"`` or ``true`` for a number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", arbitrary_types_allowed=True)
 
 
 class Uneven(Settings):
     """Uneven work: each client draws its number anew every round, ``{uniform = [low, high]}``, ends included."""
 
-    uniform: tuple[Count, Count]
+    uniform: Annotated[tuple[Count, Count], Strict(False)]
 
     @model_validator(mode="after")
     def _ordered(self) -> Uneven:
@@ -81,7 +82,7 @@ class Recipe(Settings):
     stragglers: Literal["keep", "drop"] = "keep"
     regularization: Regularization = Regularization()
     batch_norm: Literal["share_affine"] = "share_affine"
-    personal: tuple[str, ...] = ()
+    personal: Annotated[tuple[str, ...], Strict(False)] = ()
     local_training: Part | None = None
     precision: Literal["float32", "float64"] = "float32"
     execution: Literal["auto", "stacked", "loop"] = "auto"
@@ -91,7 +92,7 @@ class Recipe(Settings):
         if self.steps is not None and "epochs" in self.model_fields_set:
             raise ValueError("epochs and steps are both given; give one of them")
         if self.local_training is not None and self.execution == "stacked":
-            raise ValueError("local_training trains client by client; execution = \"stacked\" does not go with it")
+            raise ValueError('local_training trains client by client; execution = "stacked" does not go with it')
         if self.lr is None and self.optimizer.own:
             raise ValueError("an optimiser of your own has no default learning rate; give lr")
         return self
@@ -99,4 +100,8 @@ class Recipe(Settings):
     @property
     def learning_rate(self) -> float:
         """The local learning rate, the optimiser's default where none is given."""
-        return self.lr if self.lr is not None else DEFAULT_LR[self.optimizer.name.lower()]
+        if self.lr is not None:
+            return self.lr
+        if self.optimizer.name not in DEFAULT_LR:
+            raise RequestError(f"client.lr: the optimiser {self.optimizer.name!r} has no default; give one")
+        return DEFAULT_LR[self.optimizer.name]

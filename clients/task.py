@@ -47,8 +47,10 @@ class Task:
         return float(total[name][0] / total["examples"][0])
 
     def metrics(self, total: Total) -> dict[str, float]:
-        """Every metric of the summed statistics: ``loss`` (weighted mean), ``primary``, and each that :meth:`metric` gives."""
-        found = {"loss": float(total["loss"][0] / total["loss_weight"][0]) if total["loss_weight"][0] > 0 else float("nan")}
+        """All metrics of summed statistics: ``loss`` (weighted mean), ``primary``, and what else :meth:`metric` has."""
+        found = {
+            "loss": float(total["loss"][0] / total["loss_weight"][0]) if total["loss_weight"][0] > 0 else float("nan")
+        }
         names = [name for name in total if name not in ("examples", "loss", "loss_weight")]
         for name in dict.fromkeys([self.primary, *names]):
             if name == "loss":
@@ -144,7 +146,7 @@ class Segmentation(Task):
 
 
 class Tokens(Task):
-    """A class per token: ``batch["y"]`` ``int64 [B, T]`` with ``ignore`` where padded, outputs logits ``[B, T, classes]``.
+    """A class per token: ``batch["y"]`` ``int64 [B, T]``, ``ignore`` where padded, outputs logits ``[B, T, classes]``.
 
     An example counts by its real tokens, in training and in metrics. Metric: ``accuracy`` by token.
     """

@@ -1,8 +1,8 @@
 """The local loop: one for every recipe, correction and execution.
 
 A block ``[k, D]`` holds the clients' weights, a second one their gradients; ``D`` is the shared parameters followed by
-the personal ones. An *executor* fills the gradients (``loop``: one client, plain autograd; ``stacked``: all at once under
-``vmap``); corrections, regularisation and the optimiser then work on the whole block.
+the personal ones. An *executor* fills the gradients (``loop``: one client, plain autograd; ``stacked``: all at once
+under ``vmap``); corrections, regularisation and the optimiser then work on the whole block.
 """
 
 from __future__ import annotations
@@ -11,136 +11,32 @@ import copy
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from clients import randomness
 from clients.batches import Schedule, Work, schedule, work
 from clients.hooks import ClientData, ClientFailure, Correction, LocalContext, LocalTraining, Variables
+from clients.loop import LoopExecutor
 from clients.normalization import batch_norms, without_running_statistics
+from clients.objective import Executor, Objective, TaskModule
 from clients.optimizers import Optimizer
 from clients.recipe import Recipe
-from clients.task import Batch, Task, loss_and_weights
+from clients.stacked import StackedExecutor
+from clients.task import Task
 from clients.updates import Updates
 from clients.weights import Layout
 
 PERSONAL = "personal"
 
 
-class TaskModule(nn.Module):
-    """A model seen through its task: called with a batch, it returns the task's outputs."""
-
-    def __init__(self, model: nn.Module, task: Task):
-        super().__init__()
-        self.model = model
-        self.task = task
-
-    def forward(self, batch: Batch) -> Any:
-        return self.task.forward(self.model, batch)
-
-    def with_weights(self, tensors: Mapping[str, Tensor], batch: Batch) -> Any:
-        """Outputs with other parameters in the model's place; the module itself is unchanged."""
-        return functional_call(self, {f"model.{name}": tensor for name, tensor in tensors.items()}, (batch,))
-
-
 class Examples(Protocol):
     """Where training examples come from: positions of any shape in, columns of that shape out."""
 
     def take(self, index: Tensor) -> dict[str, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a local step minimises: the task's loss, and what a correction adds to it."""
-
-    module: TaskModule
-    layout: Layout
-    correction: Correction
-
-    def __call__(self, outputs: Any, batch: Batch, mask: Tensor | None, v: Variables) -> tuple[Tensor, Tensor]:
-        """``(loss to descend, loss to report)``, scalars, of one client's batch; ``mask`` ``[B]`` marks real examples."""
-        values, weights = loss_and_weights(self.module.task, outputs, batch)
-        reported = _mean(values, _times(mask, weights))
-        if not self.correction.adds_loss:
-            return reported, reported.detach()
-        extra = self.correction.loss(self._call, batch, outputs, v)
-        return reported + _mean(extra, _times(mask, None)), reported.detach()
-
-    def _call(self, row: Tensor, batch: Batch) -> Any:
-        layout = self.layout if row.shape[-1] == self.layout.size else self.layout.all
-        return self.module.with_weights(layout.unflatten(row), batch)
-
-
-def _times(mask: Tensor | None, weights: Tensor | None) -> Tensor | None:
-    if mask is None or weights is None:
-        return mask if weights is None else weights
-    return mask * weights
-
-
-def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    if weights is None:
-        return values.mean()
-    weights = weights.to(values.dtype)
-    # A batch with nothing that counts (padding only) has no loss and no gradient.
-    return (values * weights).sum() / weights.sum().clamp(min=torch.finfo(values.dtype).tiny)
-
-
-class Executor(Protocol):
-    """Fills the gradients of a block of clients at one local step."""
-
-    def gradients(self, rows: Tensor, grads: Tensor, batch: Batch, mask: Tensor | None, v: Variables) -> Tensor:
-        """Writes ``grads`` ``[k, D]`` at the weights ``rows`` ``[k, D]``; returns the losses ``[k]``."""
-        ...
-
-
-class LoopExecutor:
-    """One client, plain autograd: the model's parameters are views of the row.
-
-    Images and filters of a convolutional model are in channels-last order, which its CPU kernels prefer; those filters,
-    and parameters of another dtype than the row, are copies that follow it.
-    """
-
-    def __init__(self, objective: Objective):
-        self.objective = objective
-        self.layout = objective.layout.all
-        self.parameters = dict(objective.module.model.named_parameters())
-        self.images = _is_convolutional(objective.module.model)
-        self.copied = {
-            slot.name for slot in self.layout if slot.dtype != self.layout.dtype or (self.images and len(slot.shape) == 4)
-        }
-        for name in self.copied:
-            self.parameters[name].data = self._arrange(self.parameters[name].data.clone())
-
-    def gradients(self, rows: Tensor, grads: Tensor, batch: Batch, mask: Tensor | None, v: Variables) -> Tensor:
-        for slot in self.layout:
-            parameter, view = self.parameters[slot.name], rows[0, slot.slice].view(slot.shape)
-            parameter.grad = None
-            if slot.name in self.copied:
-                parameter.data.copy_(view)
-            else:
-                parameter.data = view
-        one = {name: self._arrange(column[0]) for name, column in batch.items()}
-        here = replace(v, client={name: value[0] for name, value in v.client.items()}) if v.client else v
-        with torch.enable_grad():
-            loss, reported = self.objective(self.objective.module(one), one, None if mask is None else mask[0], here)
-            loss.backward()
-        for slot in self.layout:
-            place, gradient = grads[0, slot.slice].view(slot.shape), self.parameters[slot.name].grad
-            place.zero_() if gradient is None else place.copy_(gradient)
-        return reported.reshape(1)
-
-    def _arrange(self, column: Tensor) -> Tensor:
-        if self.images and column.dim() == 4 and column.is_floating_point():
-            return column.contiguous(memory_format=torch.channels_last)
-        return column
-
-
-def _is_convolutional(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.Conv2d) for module in model.modules())
 
 
 @dataclass
@@ -207,8 +103,6 @@ class Trainer:
         self.executor = self._executor()
 
     def _executor(self) -> Executor:
-        from clients.stacked import StackedExecutor
-
         objective = Objective(TaskModule(self.model, self.task), self.layout, self.correction)
         return StackedExecutor(objective) if self.stacked else LoopExecutor(objective)
 
@@ -357,19 +251,15 @@ class Trainer:
         """Trains one client by the user's own :class:`LocalTraining`."""
         assert self.local_training is not None
         personal = state.get(PERSONAL)
-        row = self._first_rows(1, weights, personal)[0]
-        with torch.no_grad():
-            self.block.load(self.model, row)
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(self.buffers[name])
+        # A copy, so that what one client's training freezes, hooks or switches does not reach the next client's.
+        model = copy.deepcopy(self.model)
+        self.block.load(model, self._first_rows(1, weights, personal)[0])
         members = torch.from_numpy(self.members(client))
         data = ClientData(self._take(members), randomness.generator(self.seed, "local_training", round, client))
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        told = dict(self.local_training.train(self.model, data, self._local_context(round, client, data)) or {})
+        told = dict(self.local_training.train(model, data, self._local_context(round, client, data)) or {})
         loss, steps = float(told.pop("loss", float("nan"))), int(told.pop("steps", 0))
         updates = Updates(
-            rows=(self.layout.flatten(self.model) - weights)[None],
+            rows=(self.layout.flatten(model) - weights)[None],
             clients=torch.tensor([client]),
             examples=torch.tensor([len(data)]),
             steps=torch.tensor([steps]),
@@ -378,7 +268,7 @@ class Trainer:
         )
         new_state = {}
         if self.start_personal is not None:
-            new_state[PERSONAL] = (self.layout.personal.flatten(self.model) - self.start_personal)[None]
+            new_state[PERSONAL] = (self.layout.personal.flatten(model) - self.start_personal)[None]
         return Trained(updates, torch.tensor([loss], dtype=torch.float64), new_state)
 
     def _local_context(self, round: int, client: int, data: ClientData) -> LocalContext:

@@ -71,7 +71,7 @@ class Updates:
 
         Args:
             parts: the blocks.
-            rows: the joined matrix ``[n, d]`` where it exists already, in client order; the parts' rows are then unread.
+            rows: the joined matrix ``[n, d]`` where it exists already, in client order; the parts' rows are not read.
         """
         order = torch.cat([part.clients for part in parts]).argsort()
         names = ("clients", "examples", "steps", "weights")

@@ -37,7 +37,7 @@ class Layout:
     """Maps a model's named trainable parameters to slices of one row of length ``size``.
 
     Only parameters have a place: buffers (batch-norm statistics, counters) and frozen parameters are never in a row.
-    Tied parameters appear once. A row is float64 where any parameter is, else float32 (bfloat16 and float16 fit exactly).
+    Tied parameters appear once. A row is float64 where any parameter is, else float32 (half precision fits exactly).
 
     Args:
         model: the module; its ``named_parameters()`` order is the layout's order.
@@ -55,7 +55,8 @@ class Layout:
     """
 
     def __init__(self, model: nn.Module, share: Share | None = None):
-        shared, kept = [], []
+        shared: list[tuple[str, nn.Parameter]] = []
+        kept: list[tuple[str, nn.Parameter]] = []
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue

@@ -49,7 +49,7 @@ class Aggregator:
 class Mean(Aggregator):
     """Weighted mean, sum_k n_k x_k / sum_k n_k (McMahan et al. 2017, "Communication-efficient learning", Algorithm 1).
 
-    Over the clients sampled, so with unequal n_k it is a ratio estimator of the mean over all clients, not an unbiased one.
+    Over the clients sampled: with unequal n_k a ratio estimator of the mean over all clients, not an unbiased one.
 
     Args:
         weighting: ``examples`` weighs by training examples, ``uniform`` counts every client alike.
@@ -58,7 +58,9 @@ class Mean(Aggregator):
     weighting: Literal["examples", "uniform"] = "examples"
 
     def prepare(self, u: Updates, ctx: Context) -> Updates:
-        return super().prepare(u, ctx) if self.weighting == "examples" else u.replace(weights=torch.ones_like(u.weights))
+        return (
+            super().prepare(u, ctx) if self.weighting == "examples" else u.replace(weights=torch.ones_like(u.weights))
+        )
 
     def combine(self, u: Updates, state: State, ctx: Context) -> tuple[Tensor, State, dict[str, Any]]:
         return u.rows[0] / _positive(u.weights.sum()), state, {}

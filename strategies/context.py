@@ -75,5 +75,7 @@ class Context:
 
     def _of_server(self, name: str) -> Callable[..., Any]:
         if self.server is None:
-            raise RunError(f"round {self.round}: ctx.{name} is the server's; the client half of a plug-in cannot call it")
+            raise RunError(
+                f"round {self.round}: ctx.{name} is the server's; the client half of a plug-in cannot call it"
+            )
         return self.server[name]

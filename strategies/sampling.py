@@ -26,8 +26,8 @@ class Sampling:
         raise NotImplementedError
 
     def expected(self, clients: int) -> float:
-        """The expected cohort, of so many clients."""
-        raise NotImplementedError
+        """The expected cohort, of so many clients. Only estimates are made of it, so a sampler need not know: then all."""
+        return clients
 
 
 def draws(ctx: Context, ids: np.ndarray) -> np.ndarray:
@@ -51,7 +51,9 @@ class _Sized(Sampling):
         if (self.clients_per_round is None) == (self.fraction is None):
             raise RequestError("strategy: give clients_per_round or fraction, one of the two")
         if self.clients_per_round is not None and self.clients_per_round < 1:
-            raise RequestError(f"strategy.clients_per_round: {self.clients_per_round} clients cannot train; give 1 or more")
+            raise RequestError(
+                f"strategy.clients_per_round: {self.clients_per_round} clients cannot train; give 1 or more"
+            )
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise RequestError(f"strategy.fraction: {self.fraction} is not above 0 and at most 1")
 

@@ -70,7 +70,7 @@ class Strategy:
         ]
         if not problems and self.aggregator.needs not in ("sum", "rows"):
             problems.append(
-                f"strategy.aggregator: {self.aggregator!r} needs {self.aggregator.needs!r}; say \"sum\" or \"rows\""
+                f'strategy.aggregator: {self.aggregator!r} needs {self.aggregator.needs!r}; say "sum" or "rows"'
             )
         if not problems and self.aggregator.needs == "rows":
             problems += [
@@ -96,9 +96,7 @@ class Strategy:
     def __repr__(self) -> str:
         plain = Strategy.__new__(Strategy)
         Strategy.__init__(plain)
-        said = [
-            f"{name}={getattr(self, name)!r}" for name in _PARTS if getattr(self, name) != getattr(plain, name)
-        ]
+        said = [f"{name}={getattr(self, name)!r}" for name in _PARTS if getattr(self, name) != getattr(plain, name)]
         return f"{type(self).__name__}({', '.join(said)})"
 
     # State: one flat dict of tensors, "part/name" -> tensor, so that a checkpoint is a list of tensors.

@@ -47,9 +47,9 @@ class Result:
 class Engine(abc.ABC):
     """Runs a worker's methods over chunks, in order, wherever the workers are.
 
-    A *worker* is whatever ``setup()`` makes: one object in each process, with a method for each task. Results come in the
-    order of the chunks, whoever finished first, so that additions have one order. Tensors made by :meth:`share` and
-    :meth:`buffer` cross by reference.
+    A *worker* is whatever ``setup()`` makes: one object in each process, with a method for each task. Results come in
+    the order of the chunks, whoever finished first, so that additions have one order. Tensors made by :meth:`share`
+    and :meth:`buffer` cross by reference.
     """
 
     @abc.abstractmethod

@@ -139,5 +139,3 @@ def _rebuild(data: np.ndarray, shape: tuple, dtype: str) -> Tensor:
     if not data.size:
         return torch.empty(shape, dtype=getattr(torch, dtype))
     return torch.from_numpy(data.copy() if not data.flags.writeable else data).view(getattr(torch, dtype)).view(shape)
-
-

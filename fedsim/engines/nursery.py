@@ -1,7 +1,7 @@
-"""The process that workers are forked from: it has torch loaded, so a worker takes hundredths of a second and little memory.
+"""The process that workers are forked from: it has torch loaded, so a worker costs little time and memory.
 
-Started by :class:`fedsim.engines.processes.Processes` as a fresh interpreter, so a user's script needs no ``__main__``
-guard. It ends when the driver's end of its socket closes, however that came about, and so does each worker.
+A fresh interpreter, started by :mod:`fedsim.engines.processes`, so a user's script needs no ``__main__`` guard. It ends
+when the driver's end of its socket closes, however that came about, and so does each worker.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def serve(sock: socket.socket) -> None:
             try:
                 answer = getattr(worker, task)(chunk, broadcasts[number])
                 answer = Answer(answer.value, shelf.place(answer.tensors))
-                message = ("done", job, answer, time.perf_counter() - begun)
+                message: tuple = ("done", job, answer, time.perf_counter() - begun)
             except Exception as error:
                 message = ("raised", job, f"{type(error).__name__}: {error}", traceback.format_exc())
             channel.send(message)
@@ -79,7 +79,9 @@ def _listen(channel: Channel, inbox: queue.SimpleQueue[Any]) -> None:
 
 def _setup(channel: Channel, inbox: queue.SimpleQueue[Any]) -> Any:
     try:
-        worker = inbox.get()()
+        sys.path[:], folder, setup = inbox.get()
+        os.chdir(folder)
+        worker = setup()
     except Exception as error:
         channel.send(("raised", -1, f"{type(error).__name__}: {error}", traceback.format_exc()))
         return None
@@ -115,6 +117,44 @@ class _Shelf:
 
 
 # ---------------------------------------------------------------------------------------------------------- the driver
+
+
+class _Nursery:
+    """The process that workers are forked from: one for as long as this process lives, whatever runs it does."""
+
+    current: _Nursery | None = None
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self.control, theirs = socket.socketpair()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
+        paths = json.dumps([os.path.abspath(path) for path in sys.path])
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _START, paths, str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what a client's code prints must not mix with the results on the driver's stdout
+            env=environment,
+        )
+        theirs.close()
+
+    @classmethod
+    def ready(cls) -> _Nursery:
+        """The living one, or a new one, which loads torch while the driver loads the data."""
+        here = cls.current
+        if here is None or here.owner != os.getpid() or here.process.poll() is not None:
+            here = cls.current = cls()
+        return here
+
+    def fork(self) -> socket.socket:
+        """A new worker; the driver's end of its socket."""
+        ours, theirs = socket.socketpair()
+        try:
+            socket.send_fds(self.control, [b"w"], [theirs.fileno()])
+        except OSError as error:
+            raise RunError(f"engine: no worker process can be started ({error}); see the messages above") from None
+        theirs.close()
+        return ours
 
 
 @dataclass
@@ -156,40 +196,21 @@ class Processes(Engine):
         self.broadcasts = 0
         self.crew: list[_Worker] = []
         self.interrupted = False
-        self._launch()
+        self.nursery = _Nursery.ready()
 
     @property
     def workers(self) -> int:
         return self.count
 
-    def _launch(self) -> None:
-        """Starts the nursery at once: it loads torch while the driver loads the data."""
-        self.control, theirs = socket.socketpair()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"}
-        paths = json.dumps([os.path.abspath(path) for path in sys.path])
-        self.nursery = subprocess.Popen(
-            [sys.executable, "-c", _START, paths, str(theirs.fileno())],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # what a client's code prints must not mix with the results on the driver's stdout
-            env=environment,
-        )
-        theirs.close()
-
     def start(self, setup: Callable[[], Any]) -> None:
-        self.setup = dumps(setup, self.segments)
+        place = ([os.path.abspath(path) for path in sys.path], os.getcwd())
+        self.setup = dumps((*place, setup), self.segments)
         self.crew = [self._hire() for _ in range(self.count)]
         for worker in self.crew:
             self._welcome(worker)
 
     def _hire(self) -> _Worker:
-        ours, theirs = socket.socketpair()
-        try:
-            socket.send_fds(self.control, [b"w"], [theirs.fileno()])
-        except OSError as error:
-            raise RunError(f"engine: the worker processes could not be started ({error}); see the messages above") from None
-        theirs.close()
-        worker = _Worker(Channel(ours, self.segments))
+        worker = _Worker(Channel(self.nursery.fork(), self.segments))
         with contextlib.suppress(OSError):
             worker.channel.send_pickled(*self.setup)
         return worker
@@ -287,7 +308,11 @@ class Processes(Engine):
 
     def _hear(self, worker: _Worker) -> str | None:
         """Takes one answer; or says how the worker was lost."""
-        if self.client_timeout and self._deadline(worker) < time.monotonic() and not select.select([worker], [], [], 0)[0]:
+        if (
+            self.client_timeout
+            and self._deadline(worker) < time.monotonic()
+            and not select.select([worker], [], [], 0)[0]
+        ):
             return f"took longer than {self.client_timeout:g} s a client"
         try:
             kind, number, *rest = worker.channel.receive()
@@ -351,8 +376,5 @@ class Processes(Engine):
         for worker in self.crew:
             worker.channel.close()
         self.crew = []
-        self.control.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.nursery.wait(timeout=10)
         self.buffers.clear()
         self.segments.clear()

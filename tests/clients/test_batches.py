@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 
 from clients.batches import Work, schedule, work
@@ -17,7 +19,9 @@ def _planned(clients: np.ndarray, recipe: Recipe):
 
 def _batches(clients, plan, client):
     column = int(np.flatnonzero(clients == client)[0])
-    return [plan.index[t, column, : plan.count[t, column]].tolist() for t in range(len(plan.count)) if plan.count[t, column]]
+    return [
+        plan.index[t, column, : plan.count[t, column]].tolist() for t in range(len(plan.count)) if plan.count[t, column]
+    ]
 
 
 def test_each_epoch_visits_every_example_once_in_an_order_of_its_own():
@@ -25,7 +29,7 @@ def test_each_epoch_visits_every_example_once_in_an_order_of_its_own():
     for i, client in enumerate(clients):
         batches = _batches(clients, plan, client)
         assert len(batches) == done.steps[i]
-        epochs = [sum(batches[e * done.per_epoch[i] : (e + 1) * done.per_epoch[i]], []) for e in range(3)]
+        epochs = [list(chain(*batches[e * done.per_epoch[i] : (e + 1) * done.per_epoch[i]])) for e in range(3)]
         for epoch in epochs:
             assert sorted(epoch) == members()(client).tolist()
         if SIZES[client] > 5:

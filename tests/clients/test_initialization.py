@@ -73,7 +73,10 @@ def test_norm_layers_start_at_identity_and_others_by_their_own_rule():
 
 def test_the_same_seed_gives_the_same_weights_and_another_gives_others():
     def made(name, seed):
-        return [p.detach().clone() for p in initialize(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), name, seed).parameters()]
+        return [
+            p.detach().clone()
+            for p in initialize(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), name, seed).parameters()
+        ]
 
     for name in ("he_normal", "default"):
         assert all(map(torch.equal, made(name, 0), made(name, 0)))

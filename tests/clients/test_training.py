@@ -56,7 +56,9 @@ def test_they_agree_under_batch_norm_with_short_last_batches():
 @pytest.mark.parametrize(
     "model",
     [
-        nn.Sequential(nn.Unflatten(1, (3, 4)), nn.Conv1d(3, 5, 2), nn.GroupNorm(1, 5), nn.ReLU(), nn.Flatten(), nn.Linear(15, 4)),
+        nn.Sequential(
+            nn.Unflatten(1, (3, 4)), nn.Conv1d(3, 5, 2), nn.GroupNorm(1, 5), nn.ReLU(), nn.Flatten(), nn.Linear(15, 4)
+        ),
         nn.Sequential(nn.Unflatten(1, (1, 3, 4)), nn.Conv2d(1, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(30, 4)),
         nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 4)),
     ],

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import strategies
 from clients.errors import RunError
 from strategies.aggregation import add_sums, mean, weighted_sum
-from tests.strategies.problems import A, E, ETA, context, descend, play, updates
+from tests.strategies.problems import ETA, A, E, context, descend, play, updates
 
 
 def random_rows(seed, n, d, dtype=torch.float64):
@@ -83,7 +83,7 @@ def test_accumulation_is_in_float64():
 def test_what_cannot_be_averaged_is_refused():
     with pytest.raises(RunError, match="total weight is zero"):
         mean(torch.ones(2, 3), torch.zeros(2))
-    with pytest.raises(RunError, match="3 rows|do not fit"):
+    with pytest.raises(RunError, match="do not fit 3 rows"):
         mean(torch.ones(3, 3), torch.ones(2))
     with pytest.raises(RunError, match="n above 0"):
         mean(torch.ones(0, 3))
@@ -117,7 +117,7 @@ def test_fedavg_with_one_full_step_is_gradient_descent():
 
 
 def test_fedavg_reaches_its_own_fixed_point_and_not_the_optimum():
-    """x = sum p (1 - rho) e / sum p (1 - rho), rho = (1 - eta a)^tau: the objective inconsistency of Wang et al. 2020."""
+    """x = sum p (1 - rho) e / sum p (1 - rho), rho = (1 - eta a)^tau: objective inconsistency (Wang et al. 2020)."""
     n, tau = torch.tensor([5, 3, 2]), torch.tensor([2, 5, 10])
     strategy = strategies.FedAvg()
     x = torch.zeros(1, dtype=torch.float64)
@@ -137,7 +137,7 @@ def test_uniform_weighting_counts_clients_alike():
 
 
 def test_what_is_unbiased_over_cohorts_and_what_is_not():
-    """All cohorts of 2 of 5: the uniform mean of a cohort is unbiased for the uniform mean of all; the ratio estimator of
+    """All cohorts of 2 of 5: a cohort's uniform mean is unbiased for the uniform mean of all; the ratio estimator of
     FedAvg, weighted by examples, is not for the weighted mean, and its docstring says so."""
     rows, examples = random_rows(1, 5, 1)
     cohorts = [list(pair) for pair in combinations(range(5), 2)]

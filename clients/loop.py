@@ -1,0 +1,60 @@
+"""One client at a time, plain autograd."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from clients.hooks import Variables
+from clients.objective import Objective
+from clients.task import Batch
+
+
+class LoopExecutor:
+    """One client, plain autograd: the model's parameters are views of the row.
+
+    Images and filters of a convolutional model are in channels-last order, which its CPU kernels prefer; those filters,
+    and parameters of another dtype than the row, are copies that follow it.
+    """
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+        self.layout = objective.layout.all
+        self.parameters = dict(objective.module.model.named_parameters())
+        self.images = _is_convolutional(objective.module.model)
+        self.copied = {
+            slot.name
+            for slot in self.layout
+            if slot.dtype != self.layout.dtype or (self.images and len(slot.shape) == 4)
+        }
+        for name in self.copied:
+            self.parameters[name].data = self._arrange(self.parameters[name].data.clone())
+
+    def gradients(self, rows: Tensor, grads: Tensor, batch: Batch, mask: Tensor | None, v: Variables) -> Tensor:
+        for slot in self.layout:
+            parameter, view = self.parameters[slot.name], rows[0, slot.slice].view(slot.shape)
+            parameter.grad = None
+            if slot.name in self.copied:
+                parameter.data.copy_(view)
+            else:
+                parameter.data = view
+        one = {name: self._arrange(column[0]) for name, column in batch.items()}
+        here = replace(v, client={name: value[0] for name, value in v.client.items()}) if v.client else v
+        with torch.enable_grad():
+            loss, reported = self.objective(self.objective.module(one), one, None if mask is None else mask[0], here)
+            loss.backward()
+        for slot in self.layout:
+            place, gradient = grads[0, slot.slice].view(slot.shape), self.parameters[slot.name].grad
+            place.zero_() if gradient is None else place.copy_(gradient)
+        return reported.reshape(1)
+
+    def _arrange(self, column: Tensor) -> Tensor:
+        if self.images and column.dim() == 4 and column.is_floating_point():
+            return column.contiguous(memory_format=torch.channels_last)
+        return column
+
+
+def _is_convolutional(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.Conv2d) for module in model.modules())

@@ -1,0 +1,28 @@
+import clients as clients
+import strategies as strategies
+
+from . import data as data
+from . import engines as engines
+from .data import Partition, Source
+from .experiment import Experiment
+from .records import Event, RoundRecord
+from .running import Result, plan, rounds, run
+from .runs import Run, load
+
+__all__ = [
+    "Event",
+    "Experiment",
+    "Partition",
+    "Result",
+    "RoundRecord",
+    "Run",
+    "Source",
+    "clients",
+    "data",
+    "engines",
+    "load",
+    "plan",
+    "rounds",
+    "run",
+    "strategies",
+]

@@ -1,0 +1,226 @@
+"""From an experiment's settings to the real things: data, model, strategy, engine."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from clients import catalog, randomness
+from clients.errors import RequestError
+from clients.hooks import LocalTraining
+from clients.initialization import initialize
+from clients.normalization import batch_norms
+from clients.optimizers import Optimizer
+from clients.task import Task
+from clients.weights import Layout, share_all_but
+from fedsim import data
+from fedsim.data.population import Population
+from fedsim.data.source import Source
+from fedsim.engines.engine import Engine
+from fedsim.execution import Execution, decide
+from fedsim.experiment import Experiment
+from fedsim.worker import Setup
+from strategies.aggregation import Mean
+from strategies.plugins import Plugin
+from strategies.sampling import Sampling
+from strategies.strategy import Strategy
+
+#: Multiply-adds of local training in the whole run below which processes cost more than they bring.
+_WORTH_PROCESSES = 2e11
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """An experiment's real things.
+
+    Attributes:
+        experiment: the settings they were made from.
+        setup: what workers are made of.
+        execution: stacked or loop, and why.
+    """
+
+    experiment: Experiment
+    setup: Setup
+    execution: Execution
+
+    @property
+    def cohort(self) -> int:
+        """The expected number of clients a round."""
+        return round(self.setup.strategy.sampling.expected(len(self.setup.population.trainable)))
+
+
+def assemble(experiment: Experiment) -> Assembly:
+    """Builds everything but the engine.
+
+    Raises:
+        RequestError: for what only the real data and model can tell to be wrong.
+    """
+    base, seed, client = experiment.base, experiment.seed, experiment.client
+    source = catalog.build(experiment.data.source, "sources", base, key="data.source", seed=seed)
+    expect(source, Source, "data.source", "a fedsim.Source")
+    population = data.build(source, experiment.data, seed, base)
+    if not len(population.trainable):
+        raise RequestError("data: no client has a training example")
+    task = catalog.build(experiment.task, "tasks", base, key="task")
+    expect(task, Task, "task", "a clients.Task")
+    model = _model(experiment, population)
+    if client.precision == "float64":
+        model.double()
+    layout = Layout(model, share_all_but(client.personal, model))
+    setup = Setup(
+        model=model,
+        task=task,
+        recipe=client,
+        layout=layout,
+        strategy=_strategy(experiment, population),
+        population=population,
+        optimizer=_built(experiment, "client.optimizer", "optimizers", client.optimizer, Optimizer),
+        local_training=_local_training(experiment),
+        stacked=False,
+        seed=seed,
+        batch_size=experiment.evaluation.batch_size,
+        batch_norm="batch" if experiment.evaluation.batch_norm == "batch" else "recalibrate",
+    )
+    _check_evaluation(experiment, setup)
+    try:
+        execution = decide(setup)
+    except ValueError as obstacle:
+        raise RequestError(
+            f'client.execution: "stacked" does not work here: {obstacle}; use "auto" or "loop"'
+        ) from None
+    return Assembly(experiment, replace(setup, stacked=execution.stacked), execution)
+
+
+def expect(thing: Any, kind: type, key: str, what: str) -> None:
+    """Refuses a thing of the wrong kind, by the key that named it."""
+    if not isinstance(thing, kind):
+        raise RequestError(f"{key}: {type(thing).__name__} is not {what}")
+
+
+def _built(experiment: Experiment, key: str, kind: str, part: Any, base_class: type) -> Any:
+    made = catalog.build(part, kind, experiment.base, key=key)
+    expect(made, base_class, key, f"a {base_class.__name__}")
+    return made
+
+
+def _local_training(experiment: Experiment) -> LocalTraining | None:
+    part = experiment.client.local_training
+    if part is None:
+        return None
+    return _built(experiment, "client.local_training", "local_trainings", part, LocalTraining)
+
+
+def _model(experiment: Experiment, population: Population) -> nn.Module:
+    """The model with its first weights: a built-in's drawn by name, a user's own as made unless told otherwise."""
+    part, seed = experiment.model, experiment.seed
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(randomness.key(seed, "model"))
+        shape, classes = population.input_shape, population.classes
+        model = catalog.build(part, "models", experiment.base, key="model", input_shape=shape, classes=classes)
+    expect(model, nn.Module, "model", "a torch.nn.Module")
+    model = copy.deepcopy(model).to("cpu")
+    if not part.own or "initialization" in experiment.client.model_fields_set:
+        initialize(model, experiment.client.initialization, seed, experiment.base)
+    return model
+
+
+def _strategy(experiment: Experiment, population: Population) -> Strategy:
+    """The strategy: a preset with its settings, some parts replaced."""
+    said = experiment.strategy
+    parts: dict[str, Any] = {}
+    for name in ("correction", "aggregator", "server_optimizer"):
+        part = getattr(said, name)
+        if part is not None:
+            parts[name] = catalog.build(part, f"{name}s", experiment.base, key=f"strategy.{name}")
+    if experiment.plugins:
+        parts["plugins"] = tuple(
+            _built(experiment, f"plugins.{part.name}", "plugins", part, Plugin) for part in experiment.plugins
+        )
+    made = catalog.build(said.part, "strategies", experiment.base, key="strategy")
+    expect(made, Strategy, "strategy", "a strategies.Strategy")
+    parts["sampling"] = _sampling(experiment, population, made)
+    if said.weighting is not None:
+        if not isinstance(parts.get("aggregator", made.aggregator), Mean):
+            raise RequestError(
+                f"strategy.weighting: {made.aggregator!r} has its own weights; only a mean takes this one"
+            )
+        parts["aggregator"] = Mean(said.weighting)
+    return made.with_parts(**parts)
+
+
+def _sampling(experiment: Experiment, population: Population, made: Strategy) -> Sampling | None:
+    """Who trains in a round; None keeps an object strategy's own choice."""
+    said = experiment.strategy
+    sized = said.clients_per_round is not None or said.fraction is not None
+    if said.part.thing is not None and not sized and said.sampling is None:
+        return None
+    number = said.clients_per_round
+    if not sized:
+        number = said.cohort_size(len(population.trainable))
+    elif number is not None and number > len(population.trainable):
+        raise RequestError(
+            f"strategy.clients_per_round: {number} is more than the {len(population.trainable)} clients that can be"
+            " trained; lower it, or give fewer clients fewer examples to hold out"
+        )
+    offered = {"clients_per_round": number, "fraction": said.fraction}
+    sampling = catalog.build(
+        said.sampling or catalog.Part("fixed"), "samplings", experiment.base, key="strategy.sampling", **offered
+    )
+    expect(sampling, Sampling, "strategy.sampling", "a Sampling")
+    return sampling
+
+
+def _check_evaluation(experiment: Experiment, setup: Setup) -> None:
+    """Refuses an evaluation that would give a number without a meaning, or none at all."""
+    population = setup.population
+    if setup.layout.personal.size and "test" not in population.splits:
+        raise RequestError(
+            "client.personal: the server has no whole model to test, so clients must test on examples of their own; set"
+            " data.client_test_fraction above 0"
+        )
+    if experiment.evaluation.clients and not {"test", "validation"} & set(population.splits):
+        raise RequestError(
+            "evaluation.clients: the clients hold no examples to test on; set data.client_test_fraction above 0"
+        )
+    proxies = len(population.server["proxy"]) if "proxy" in population.server else 0
+    if batch_norms(setup.model) and setup.batch_norm == "recalibrate" and proxies < 2:
+        raise RequestError(
+            f"evaluation.batch_norm: recalibration needs proxy examples and there are {proxies}; set data.proxy, or"
+            ' evaluation.batch_norm = "batch"'
+        )
+
+
+def make_engine(experiment: Experiment, name: str | None = None) -> Engine:
+    """The engine that the experiment names, or ``name`` where that is ``auto``."""
+    said = experiment.engine
+    part = catalog.Part(name) if name is not None else said.part
+    settings = {"workers": said.workers, "client_timeout": said.client_timeout}
+    made = catalog.build(part, "engines", experiment.base, key="engine", **settings)
+    expect(made, Engine, "engine", "a fedsim.engines.Engine")
+    return made
+
+
+def choose_engine(assembly: Assembly, workers: int | None) -> str:
+    """``processes`` or ``inline``, by the local training that the whole run holds."""
+    able = hasattr(os, "fork") and (workers or os.cpu_count() or 1) > 1
+    return "processes" if able and multiply_adds(assembly) > _WORTH_PROCESSES else "inline"
+
+
+def multiply_adds(assembly: Assembly) -> float:
+    """A rough count for all local training: three passes over every parameter's uses an example (a linear layer's once,
+    a convolution's once for each pixel)."""
+    setup = assembly.setup
+    sizes = setup.population.splits["train"].sizes
+    recipe = setup.recipe
+    amount = recipe.epochs if recipe.steps is None else recipe.steps
+    number = sum(amount.uniform) / 2 if not isinstance(amount, int) else amount
+    examples = number * (float(sizes[sizes > 0].mean()) if recipe.steps is None else recipe.batch_size)
+    pixels = 1
+    if any(isinstance(module, nn.Conv2d) for module in setup.model.modules()):
+        pixels = max(1, int(torch.Size(setup.population.input_shape).numel()) // 4)
+    return 3.0 * setup.layout.all.size * pixels * examples * assembly.cohort * assembly.experiment.rounds

@@ -1,0 +1,109 @@
+"""Values of an experiment that are right alone and wrong together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from clients.errors import RequestError
+
+
+def conflicts(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """One line for each conflict. Values of a wrong type are left to the schema, which says so.
+
+    Args:
+        given: an experiment's table, unchecked.
+        defaults: section to its default settings.
+    """
+    return [line for check in _CHECKS for line in check(_Reader(given, defaults))]
+
+
+def counted(table: Mapping[str, Any]) -> bool:
+    """Whether the number of clients is the experiment's own: a natural partition has as many as its source."""
+    data = table.get("data", {})
+    partition = data.get("partition", "dirichlet") if isinstance(data, Mapping) else None
+    named = partition.get("name") if isinstance(partition, Mapping) else partition
+    return isinstance(named, str) and named != "natural" and ":" not in named
+
+
+class _Reader:
+    """Reads numbers and words of an unchecked table, the defaults where it has none; None where the type is wrong."""
+
+    def __init__(self, given: Mapping[str, Any], defaults: Mapping[str, Any]):
+        self.given, self.defaults = given, defaults
+
+    def get(self, key: str) -> Any:
+        section, _, name = key.partition(".")
+        table = self.given.get(section, {})
+        return table[name] if isinstance(table, Mapping) and name in table else getattr(self.defaults[section], name)
+
+    def number(self, key: str) -> Any:
+        value = self.get(key)
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _cohort_conflicts(read: _Reader) -> Iterable[str]:
+    size, fraction = read.get("strategy.clients_per_round"), read.get("strategy.fraction")
+    if size is not None and fraction is not None:
+        yield "strategy: fraction and clients_per_round are both given; give one of them"
+    clients, held_out = read.number("data.clients"), read.number("data.held_out_clients")
+    if clients is None or held_out is None or not counted(read.given):
+        return
+    left = clients - held_out
+    if clients >= 1 and left < 1:
+        yield f"data.held_out_clients: {held_out} of {clients} clients held out leaves none to train; give fewer"
+    asked, least = read.number("strategy.clients_per_round"), read.number("strategy.min_clients")
+    if asked is not None and asked > left >= 1:
+        of = f"{clients} clients" + (f", {held_out} of them held out" if held_out else "")
+        yield f"strategy.clients_per_round: {asked} clients a round, but there are {of}; give at most {left}"
+        return
+    share = read.number("strategy.fraction")
+    cohort = asked if asked is not None else min(10, left) if share is None else max(1, round(share * left))
+    if least is not None and least > cohort >= 1:
+        yield f"strategy.min_clients: {least} is more than the {cohort} clients of a round; give fewer"
+
+
+def _fraction_conflicts(read: _Reader) -> Iterable[str]:
+    for test, validation in (
+        ("data.test_fraction", "data.validation_fraction"),
+        ("data.client_test_fraction", "data.client_validation_fraction"),
+    ):
+        a, b = read.number(test), read.number(validation)
+        if a is not None and b is not None and a < 1 and b < 1 and a + b >= 1:
+            yield f"{test}: {a:g} and {validation} {b:g} together leave nothing to train on; their sum must be below 1"
+
+
+def _evaluation_conflicts(read: _Reader) -> Iterable[str]:
+    said = read.get("evaluation.batch_norm")
+    if said == "shared":
+        yield (
+            "evaluation.batch_norm: 'shared' needs client.batch_norm = \"share_all\", which is not built yet; "
+            "give 'auto', 'recalibrate' or 'batch'"
+        )
+    elif said in ("clients", "clients_stored"):
+        yield f"evaluation.batch_norm: {said!r} is not built yet; give 'auto', 'recalibrate' or 'batch'"
+    clients = read.get("evaluation.clients")
+    if clients is True and not (read.get("data.client_test_fraction") or read.get("data.client_validation_fraction")):
+        yield (
+            "evaluation.clients: clients have no examples to evaluate on; "
+            "give data.client_test_fraction or data.client_validation_fraction"
+        )
+
+
+def _name_conflicts(read: _Reader) -> Iterable[str]:
+    from fedsim.runs.directory import check_name
+
+    name = read.given.get("name", "digits")
+    if isinstance(name, str):
+        try:
+            check_name(name)
+        except RequestError as error:
+            yield from error.problems
+
+
+_CHECKS: tuple[Callable[[_Reader], Iterable[str]], ...] = (
+    _name_conflicts,
+    _cohort_conflicts,
+    _fraction_conflicts,
+    _evaluation_conflicts,
+)

@@ -1,0 +1,378 @@
+"""What an experiment file may say: its schema, how it is read, and how the resolved experiment is written.
+
+Everything that can be wrong with a request is found here, all at once, before torch is imported.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, PrivateAttr, Strict, ValidationError, model_validator
+
+import fedsim.kinds  # noqa: F401  (declares what only the simulator names)
+import strategies.kinds  # noqa: F401  (declares what the server side of an experiment may name)
+from clients import catalog, problems
+from clients.errors import RequestError
+from clients.parts import Part
+from clients.recipe import Count, Recipe, Settings
+from fedsim import overriding, writing
+from fedsim.conflicts import conflicts, counted
+
+NoneOrMore = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+DIGITS = Path(__file__).with_name("digits.toml")
+
+#: Where a part stands in an experiment, and of which kind it is; a list of parts is marked by ``[]``.
+PLACES = {
+    "data.source": "sources",
+    "data.partition": "partitions",
+    "model": "models",
+    "task": "tasks",
+    "client.initialization": "initializations",
+    "client.optimizer": "optimizers",
+    "client.local_training": "local_trainings",
+    "strategy": "strategies",
+    "strategy.sampling": "samplings",
+    "strategy.correction": "corrections",
+    "strategy.aggregator": "aggregators",
+    "strategy.server_optimizer": "server_optimizers",
+    "plugins[]": "plugins",
+    "checks[]": "checks",
+    "engine": "engines",
+}
+
+
+class Section(Settings):
+    """A table of an experiment; ``"1"`` is no number and ``true`` no 1."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Named(Section):
+    """A table that names a part and says more about it: keys that are not the table's own are the part's settings.
+
+    Attributes:
+        part: what is named, with its settings.
+    """
+
+    part: Part
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, given: Any) -> Any:
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, Mapping):
+            return {"part": Part.of(given)}
+        table = {name: value for name, value in given.items() if name in cls.own_keys()}
+        return {**table, "part": named_part(given, cls.own_keys(), cls.model_fields["part"].default)}
+
+    @classmethod
+    def own_keys(cls) -> list[str]:
+        """The keys that are the table's own and no settings of the part."""
+        return [name for name in cls.model_fields if name != "part"]
+
+
+def named_part(table: Mapping[str, Any], own_keys: Sequence[str], default: Part) -> Part:
+    """The part that a table names, with those of the table's keys that are not its own.
+
+    Raises:
+        ValueError: for what is no name.
+    """
+    settings = {name: value for name, value in table.items() if name not in own_keys}
+    if isinstance(settings.get("part"), Part):
+        default = settings.pop("part")
+    part = Part.of(settings.pop("name", default))
+    return Part(part.name, {**part.settings, **settings}, part.thing)
+
+
+class DataSettings(Section):
+    """Which examples there are, and who holds them.
+
+    Attributes:
+        source: where the examples come from.
+        clients: how many clients they are dealt to.
+        partition: how they are dealt.
+        seed: draws the splits and the partition apart from the experiment's seed.
+        test_fraction: share of all examples that the server tests on, unless the source brings a test split.
+        validation_fraction: share of all examples that the server validates on, likewise.
+        proxy: how many unlabelled examples the server holds.
+        root: how many labelled examples the server holds.
+        client_test_fraction: share of its own examples that each client tests on.
+        client_validation_fraction: share of its own examples that each client validates on.
+        held_out_clients: how many clients are never trained on.
+    """
+
+    source: Part = Part("digits")
+    clients: Count = 100
+    partition: Part = Part("dirichlet", {"alpha": 0.3})
+    seed: int | None = None
+    test_fraction: Share = 0.2
+    validation_fraction: Share = 0.0
+    proxy: NoneOrMore = 120
+    root: NoneOrMore = 0
+    client_test_fraction: Share = 0.0
+    client_validation_fraction: Share = 0.0
+    held_out_clients: NoneOrMore = 0
+
+
+class StrategySettings(Named):
+    """How the server chooses, combines and moves; a named strategy is a preset of parts that can be replaced.
+
+    Attributes:
+        part: the strategy with its own settings.
+        clients_per_round: how many clients train in a round. Neither it nor ``fraction``: 10, or all where fewer.
+        fraction: which share of the clients trains in a round.
+        sampling: who trains in a round.
+        correction: what changes in the local loop.
+        aggregator: how updates become one.
+        server_optimizer: what is done with the aggregated update.
+        min_clients: a round with fewer updates than that keeps the weights.
+        weighting: how clients' updates are weighted; left out, the strategy's own way.
+    """
+
+    part: Part = Part("fedavg")
+    clients_per_round: Count | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    sampling: Part | None = None
+    correction: Part | None = None
+    aggregator: Part | None = None
+    server_optimizer: Part | None = None
+    min_clients: NoneOrMore = 1
+    weighting: Literal["examples", "uniform"] | None = None
+
+    def cohort_size(self, clients: int) -> int:
+        """How many clients train in a round, of so many that can be trained (the expected number, where it varies)."""
+        if self.clients_per_round is not None:
+            return self.clients_per_round
+        return max(1, round(self.fraction * clients)) if self.fraction is not None else min(10, clients)
+
+
+class EvaluationSettings(Section):
+    """When and on what the weights are evaluated.
+
+    Attributes:
+        every: rounds between evaluations; the last round always.
+        batch_norm: where batch norm's statistics come from. ``recalibrate``: from the server's proxy examples;
+            ``batch``: from each evaluated batch itself (transductive); ``auto``: ``recalibrate``.
+        batch_size: examples evaluated at once.
+        clients: whether clients evaluate on their own test and validation examples too.
+    """
+
+    every: Count = 5
+    batch_norm: Literal["auto", "recalibrate", "clients", "clients_stored", "batch", "shared"] = "auto"
+    batch_size: Count = 512
+    clients: bool = False
+
+
+class EngineSettings(Named):
+    """Where clients are trained. Nothing here changes a result.
+
+    Attributes:
+        part: ``auto``, an engine's name, or an own one.
+        workers: how many workers; left out, one a core.
+        stack_memory_mib: how much a stack of clients may take.
+        client_timeout: seconds after which a client is given up.
+    """
+
+    part: Part = Part("auto")
+    workers: Count | None = None
+    stack_memory_mib: Count = 512
+    client_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
+class Experiment(Section):
+    """A whole experiment, checked: whatever can be told to be wrong without importing torch is refused here.
+
+    ``Experiment(rounds=20, model=Net, strategy={"name": "fedprox", "mu": 0.1})``: a table of the file is a dict, and
+    wherever a name stands, ``"file.py:Thing"`` or the object itself may stand too.
+
+    Args:
+        base: the folder that files are relative to; the current one where it is left out.
+        values: the experiment's keys, as in an experiment file.
+
+    Raises:
+        RequestError: with one line for each wrong key.
+    """
+
+    name: str = "digits"
+    seed: NoneOrMore = 0
+    rounds: Count = 100
+    data: DataSettings = DataSettings()
+    model: Part = Part("mlp")
+    task: Part = Part("classification")
+    client: Recipe = Recipe()
+    strategy: StrategySettings = StrategySettings()
+    plugins: Annotated[tuple[Part, ...], Strict(False)] = ()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checks: Annotated[tuple[Part, ...], Strict(False)] = ()
+    engine: EngineSettings = EngineSettings()
+
+    _base: Path = PrivateAttr(default_factory=Path.cwd)
+
+    def __init__(self, base: Path | None = None, /, **values: Any):
+        base = (base or Path.cwd()).resolve()
+        given = overriding.as_given(values)
+        wrong = _check_parts(given, base)
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            wrong = [*problems.explain(error, type(self), "", given), *wrong]
+        wrong += conflicts(given, {name: field.default for name, field in type(self).model_fields.items()})
+        if wrong:
+            raise RequestError(list(dict.fromkeys(wrong)))
+        self._base = base
+
+    @property
+    def base(self) -> Path:
+        """The folder that ``file.py`` in a part's name, and paths in settings, are relative to."""
+        return self._base
+
+    @classmethod
+    def load(cls, path: Path | str | None = None, overrides: Sequence[str] = ()) -> Experiment:
+        """Reads an experiment file.
+
+        Args:
+            path: a TOML file; left out, the embedded digits experiment.
+            overrides: ``"client.lr=0.1"``, ``"plugins.quantize.bits=4"``: values are TOML, bare words strings.
+
+        Raises:
+            RequestError: for a missing file, what is not TOML (with line and column), and every wrong key.
+        """
+        base = Path.cwd() if path is None else Path(path).resolve().parent
+        return cls.of(read_toml(DIGITS if path is None else Path(path)), base, overrides)
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any], base: Path, overrides: Sequence[str] = ()) -> Experiment:
+        """An experiment from the table of its file, see :meth:`load`."""
+        return cls(base, **overriding.override(table, overrides, _named_tables()))
+
+    def override(self, overrides: Sequence[str]) -> Experiment:
+        """The same experiment with some keys changed, see :meth:`load`.
+
+        Raises:
+            RequestError: for every wrong key.
+        """
+        return Experiment.of(overriding.as_given(self), self.base, overrides) if overrides else self
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, defaults filled in, as plain values; what is left out (None) is not there."""
+        table = writing.plain(self, self.base)
+        if "clients_per_round" not in table["strategy"] and self.strategy.fraction is None and counted(table):
+            trainable = self.data.clients - self.data.held_out_clients
+            table["strategy"]["clients_per_round"] = self.strategy.cohort_size(trainable)
+        if not self.client.optimizer.own:
+            table["client"]["lr"] = self.client.learning_rate
+        if self.model.own and "initialization" not in self.client.model_fields_set:
+            del table["client"]["initialization"]  # a model of the user's own starts as it is made
+        for place, holder, name in _places(table):
+            holder[name] = writing.with_defaults(holder[name], PLACES[place], self.base)
+        return table
+
+    def parts(self, place: str) -> Iterator[tuple[str, Part]]:
+        """The parts that stand in a place of :data:`PLACES`, each with its dotted key."""
+        found: Any = self
+        for name in place.removesuffix("[]").split("."):
+            found = getattr(found, name)
+        for part in found if place.endswith("[]") else [found]:
+            named = part.part if isinstance(part, Named) else part
+            if named is not None:
+                yield (f"{place[:-2]}.{named.name}" if place.endswith("[]") else place), named
+
+    def to_toml(self) -> str:
+        """The resolved experiment as an experiment file."""
+        return writing.to_toml(self.resolved())
+
+    def difference(self, other: Experiment | Mapping[str, Any]) -> list[str]:
+        """The dotted keys in which two experiments differ, see :meth:`differences`."""
+        return [key for key, _, _ in self.differences(other)]
+
+    def differences(self, other: Experiment | Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+        """Where two experiments differ: dotted key, own value, other value. ``engine`` does not count.
+
+        Args:
+            other: an experiment, or the table of a resolved one.
+        """
+        theirs = other.resolved() if isinstance(other, Experiment) else other
+        found = writing.differences(self.resolved(), theirs)
+        return [difference for difference in found if difference[0].split(".")[0] != "engine"]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table of a TOML file.
+
+    Raises:
+        RequestError: where it is missing or is not TOML, with line and column.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        lines = text.splitlines() or [""]
+        end = f"at line {len(lines)}, column {len(lines[-1]) + 1}, the end"
+        raise RequestError(f"{path} is not TOML: {str(error).replace('at end of document', end)}") from None
+    except UnicodeDecodeError:
+        raise RequestError(f"{path} is not TOML: it is not UTF-8 text") from None
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file; make an experiment file with: fedsim new --toml") from None
+    except IsADirectoryError:
+        raise RequestError(f"{path} is a folder; to go on with a run: fedsim run --resume --out {path}") from None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _named_tables() -> dict[str, list[str]]:
+    """The tables that name a part and have keys of their own beside."""
+    return {
+        key: field.annotation.own_keys()
+        for key, field in Experiment.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Named)
+    }
+
+
+def _places(table: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The parts that a table has: the place's key, what holds the part, and under which name or index."""
+    for key in PLACES:
+        *path, last = key.removesuffix("[]").split(".")
+        holder: Any = table
+        for name in path:
+            holder = holder.get(name) if isinstance(holder, Mapping) else None
+        if not isinstance(holder, Mapping) or holder.get(last) is None:
+            continue
+        if not key.endswith("[]"):
+            yield key, holder, last
+        elif isinstance(holder[last], list):
+            yield from ((key, holder[last], index) for index in range(len(holder[last])))
+
+
+def _check_parts(given: dict[str, Any], base: Path) -> list[str]:
+    """What is wrong with the named parts; known names are replaced by the way they are written here."""
+    lines: list[str] = []
+    tables = _named_tables()
+    for place, holder, name in _places(given):
+        value, kind, own_keys = holder[name], PLACES[place], tables.get(place, [])
+        key = place if not place.endswith("[]") else f"{place[:-2]}.{_name_of(value)}"
+        try:
+            if place in tables and isinstance(value, Mapping):
+                part = named_part(value, own_keys, Experiment.model_fields[place].default.part)
+            else:
+                part = Part.of(value)
+        except ValueError:
+            continue  # the schema says it
+        if part.thing is None and part.name.endswith(")"):
+            lines.append(f"{key}: {part.name} was made in Python; run the Python file that makes it")
+            continue
+        wrong = catalog.check(part, kind, base, key=key, beside=["name", *own_keys])
+        if not wrong and not part.own:
+            canonical = catalog.canonical(kind, part.name)
+            holder[name] = {**value, "name": canonical} if isinstance(value, Mapping) else canonical
+        lines += wrong
+    return lines
+
+
+def _name_of(value: Any) -> str:
+    return str(value.get("name", "?")) if isinstance(value, Mapping) else str(value)

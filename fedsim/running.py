@@ -1,0 +1,508 @@
+"""A whole run: from an experiment to a directory with its record, checkpoints and report."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from clients import catalog
+from clients.errors import RequestError
+from clients.normalization import batch_norms
+from clients.weights import Layout
+from fedsim import checking
+from fedsim.assembly import Assembly, assemble, choose_engine, make_engine, multiply_adds
+from fedsim.engines.engine import Engine
+from fedsim.execution import chunk_sizes
+from fedsim.experiment import PLACES, Experiment
+from fedsim.records import Event, RoundRecord
+from fedsim.runs import RunStore, first_free, holds_run, latest, read_experiment
+from fedsim.simulation import InMemory, Simulation, StateStore
+from strategies.checks.check import Check
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Callback = Callable[[RoundRecord], Literal["stop"] | None]
+RUNS = Path("runs")
+
+
+class Progress(Protocol):
+    """Shows a run under way."""
+
+    def start(self, total: int, done: int, name: str) -> None: ...
+
+    def round(self, record: RoundRecord) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def start(self, total: int, done: int, name: str) -> None:
+        """Rounds in all, and those done before a resume."""
+
+    def round(self, record: RoundRecord) -> None:
+        """A round was committed."""
+
+    def note(self, text: str) -> None:
+        """Something a user should know."""
+
+    def stop(self) -> None:
+        """The run has ended, well or not."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        out: the run's directory.
+        row: ``[d]`` the final weights in layout order.
+        layout: names and shapes of ``row``.
+        metrics: split -> metric -> value, of the last evaluation.
+        summary: what ``fedsim run --json`` prints.
+        checks_failed: the checks that failed.
+    """
+
+    out: Path
+    row: Tensor
+    layout: Layout
+    metrics: Mapping[str, Mapping[str, float]]
+    summary: dict[str, Any]
+    checks_failed: tuple[str, ...] = ()
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The final weights by name."""
+        return self.layout.unflatten(self.row)
+
+    @cached_property
+    def history(self) -> pd.DataFrame:
+        """One row a round: metrics, bytes, seconds."""
+        from fedsim.runs import load
+
+        return load(self.out).history
+
+
+@dataclass
+class _Run:
+    """A run's parts while it is under way."""
+
+    assembly: Assembly
+    simulation: Simulation
+    checks: dict[str, Check]
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    stopped: bool = False
+
+
+def run(
+    experiment: Experiment | str | Path | None = None,
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+    engine: str | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """Runs an experiment to its end and writes its directory.
+
+    Args:
+        experiment: the experiment, or its file; left out, the embedded digits experiment (on a resume: the run's own).
+        out: the run's directory; left out, the first free of ``runs/NAME``, ``runs/NAME-2``, ... (on a resume: the
+            newest unfinished one).
+        resume: goes on with the run in ``out``, to the same bits; where there is none, it begins.
+        engine: ``auto``, ``inline``, ``processes``, instead of the experiment's.
+        workers: how many workers.
+        progress: shows the run under way.
+        callbacks: each is called with every round's record before it is committed; ``"stop"`` ends the run there.
+
+    Raises:
+        RequestError: for a wrong request; nothing is written then.
+        RunError: where the run fails; what was committed stays, and a resume goes on from there.
+    """
+    show = progress or Silent()
+    directory = _directory(out, resume, _name(experiment))
+    experiment = _experiment(experiment, directory, resume, engine, workers)
+    going_on = directory is not None and holds_run(directory)
+    if going_on:
+        assert directory is not None
+        _same_experiment(experiment, directory)
+    with ExitStack() as stack:
+        stack.enter_context(_one_thread())
+        assembly, hired = _prepare(experiment, stack)
+        checks = checking.build(experiment)
+        if directory is None:
+            directory = first_free(RUNS, experiment.name)
+        store = _open(directory, assembly, hired, going_on)
+        stack.enter_context(store)
+        if going_on:
+            _same_sources(experiment, store)
+        under_way = _begin(assembly, hired, store, checks)
+        return _to_the_end(under_way, store, directory, show, callbacks)
+
+
+def _to_the_end(
+    under_way: _Run, store: RunStore, directory: Path, show: Progress, callbacks: Sequence[Callback]
+) -> Result:
+    simulation, experiment = under_way.simulation, under_way.assembly.experiment
+    checkpoint = store.resume()
+    if store.damage is not None:
+        show.note(store.damage.message)
+    if checkpoint is not None:
+        simulation.restore(checkpoint.round, checkpoint.tensors)
+        under_way.metrics = store.last_metrics()
+    summary = store.summary
+    try:
+        show.start(experiment.rounds, simulation.round, experiment.name)
+        if summary is None:
+            for record in _rounds(under_way, callbacks, first=checkpoint is None):
+                show.round(record)
+            checked = checking.run(under_way.checks, simulation, directory)
+            for event in checked.events:
+                store.event(event)
+                show.note(event.message)
+            summary = {
+                **_summary(under_way, store, directory),
+                "checks": checked.metrics,
+                "checks_failed": list(checked.failed),
+            }
+            store.finish(summary)
+            _write_report(directory, store, show)
+    finally:
+        show.stop()
+    failed = tuple(summary.get("checks_failed", ()))
+    return Result(directory, simulation.weights, simulation.layout, under_way.metrics, summary, failed)
+
+
+def rounds(
+    experiment: Experiment | str | Path | None = None,
+    *,
+    out: Path | str | None = None,
+    engine: str | None = None,
+    workers: int | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Iterator[RoundRecord]:
+    """Plays an experiment round by round; the first record is round 0, the initial evaluation.
+
+    Args:
+        experiment: as for :func:`run`.
+        out: where rounds are committed, a run that can be resumed; left out, nothing is written.
+        engine: ``auto``, ``inline``, ``processes``, instead of the experiment's.
+        workers: how many workers.
+        callbacks: as for :func:`run`.
+    """
+    directory = _directory(out, False, "")
+    with ExitStack() as stack:
+        stack.enter_context(_one_thread())
+        assembly, hired = _prepare(_experiment(experiment, None, False, engine, workers), stack)
+        store: StateStore = InMemory()
+        if directory is not None:
+            store = stack.enter_context(_open(directory, assembly, hired, going_on=False))
+        yield from _rounds(_begin(assembly, hired, store), callbacks, first=True)
+
+
+def plan(
+    experiment: Experiment | str | Path | None = None, *, engine: str | None = None, workers: int | None = None
+) -> dict[str, Any]:
+    """What a run would do, without doing it: execution and why, bytes a round, memory, an estimate of its time.
+
+    The time is that of one chunk trained here, so it holds for this machine and its present load.
+    """
+    import time
+
+    experiment = _experiment(experiment, None, False, engine, workers)
+    with ExitStack() as stack:
+        stack.enter_context(_one_thread())
+        assembly = assemble(experiment)
+        setup, layout, cohort = assembly.setup, assembly.setup.layout, assembly.cohort
+        name = experiment.engine.part.name
+        chosen = choose_engine(assembly, experiment.engine.workers) if name == "auto" else name
+        stack_size = chunk_sizes(setup, setup.stacked, cohort, experiment.engine.stack_memory_mib)
+        trainer, weights = setup.trainer(), layout.flatten(setup.model)
+        few = setup.population.trainable[: stack_size if setup.stacked else 1]
+        trainer.train(few[:2], weights, 1)  # warms up
+        begun = time.perf_counter()
+        trainer.train(few, weights, 1)
+        each = (time.perf_counter() - begun) / len(few)
+    count = experiment.engine.workers or os.cpu_count() or 1
+    parallel = 1 if chosen == "inline" else min(count, -(-cohort // stack_size))
+    block = layout.all.size * layout.dtype.itemsize
+    rows = block * cohort if setup.strategy.aggregator.needs == "rows" else 2 * 8 * layout.size * parallel
+    return {
+        "experiment": experiment.resolved(),
+        "execution": assembly.execution.name,
+        "reason": assembly.execution.reason,
+        "engine": chosen,
+        "workers": parallel,
+        "parameters": layout.size,
+        "personal_parameters": layout.personal.size,
+        "clients": setup.population.clients,
+        "clients_per_round": cohort,
+        "clients_per_chunk": stack_size,
+        "bytes_up_per_round": cohort * (layout.size * layout.dtype.itemsize + 8),
+        "bytes_down_per_round": cohort * layout.size * layout.dtype.itemsize,
+        "megabytes_of_weights": (rows + block * stack_size * (2 + len(setup.optimizer.state)) * parallel) / 1e6,
+        "minutes": each * cohort * experiment.rounds / parallel / 60,
+        "multiply_adds": multiply_adds(assembly),
+        "epsilon": None,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ before the rounds
+
+
+def _name(experiment: Experiment | str | Path | None) -> str:
+    if isinstance(experiment, Experiment):
+        return experiment.name
+    return Experiment.load(experiment).name
+
+
+def _experiment(
+    given: Experiment | str | Path | None,
+    directory: Path | None,
+    resume: bool,
+    engine: str | None,
+    workers: int | None,
+) -> Experiment:
+    """The experiment with the call's engine and workers; on a resume without one, the run's own."""
+    if isinstance(given, Experiment):
+        experiment = given
+    elif given is None and resume and directory is not None and holds_run(directory):
+        experiment = Experiment(directory, **read_experiment(directory))
+    else:
+        experiment = Experiment.load(given)
+    changes = [f'engine.name="{engine}"'] if engine else []
+    changes += [f"engine.workers={workers}"] if workers is not None else []
+    return experiment.override(changes)
+
+
+def _directory(out: Path | str | None, resume: bool, name: str) -> Path | None:
+    """Where the run goes; None for a free directory that is made later."""
+    if out is None:
+        return latest(RUNS, name) if resume else None
+    directory = Path(out)
+    if holds_run(directory) and not resume:
+        raise RequestError(
+            f"--out: {directory} holds a run already; continue it with --resume or give another directory"
+        )
+    return directory
+
+
+def _same_experiment(experiment: Experiment, directory: Path) -> None:
+    different = experiment.difference(read_experiment(directory))
+    if different:
+        raise RequestError(
+            [
+                f"{key}: differs from the run in {directory}; go on with the same experiment, or start another run"
+                for key in different
+            ]
+        )
+
+
+def _same_sources(experiment: Experiment, store: RunStore) -> None:
+    before, now = store.manifest.get("sources", {}), _sources(experiment)
+    changed = [key for key in before if before[key] != now.get(key)]
+    if changed:
+        raise RequestError(
+            [f"{key}: its file has changed since the run began; restore it, or start another run" for key in changed]
+        )
+
+
+def _prepare(experiment: Experiment, stack: ExitStack) -> tuple[Assembly, Engine]:
+    """The real things and an engine; workers load their libraries while the data are read."""
+    early = None
+    if experiment.engine.part.name != "auto":
+        early = stack.enter_context(closing(make_engine(experiment)))
+    assembly = assemble(experiment)
+    if early is None:
+        name = choose_engine(assembly, experiment.engine.workers)
+        early = stack.enter_context(closing(make_engine(experiment, name)))
+    return assembly, early
+
+
+def _open(directory: Path, assembly: Assembly, engine: Engine, going_on: bool) -> RunStore:
+    if going_on:
+        return RunStore.open(directory)
+    toml = assembly.experiment.to_toml()
+    return RunStore.create(directory, toml, manifest(assembly, engine), assembly.setup.layout.shapes)
+
+
+def _begin(assembly: Assembly, engine: Engine, store: StateStore, checks: dict[str, Check] | None = None) -> _Run:
+    setup = assembly.setup
+    shared = replace(setup, population=setup.population.map_tensors(engine.share))
+    engine.start(shared)
+    keep_rows = any(check.needs == "rows" for check in (checks or {}).values())
+    simulation = Simulation(assembly.experiment, shared, engine, store, keep_rows=keep_rows)
+    return _Run(assembly, simulation, checks or {})
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread, as every worker has: the number of threads changes the order of additions."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def manifest(assembly: Assembly, engine: Engine) -> dict[str, Any]:
+    """Versions, machine and execution: all that a reader needs to get the same bits."""
+    experiment = assembly.experiment
+    return {
+        "versions": {
+            name: _version(name) for name in ("fedsim", "torch", "torchvision", "flwr", "numpy", "scikit-learn")
+        }
+        | {"python": platform.python_version()},
+        "seed": experiment.seed,
+        "machine": {
+            "system": platform.system(),
+            "architecture": platform.machine(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+        },
+        "execution": {
+            "name": assembly.execution.name,
+            "reason": assembly.execution.reason,
+            "engine": type(engine).__name__.lower(),
+            "workers": engine.workers,
+        },
+        "parameters": assembly.setup.layout.size,
+        "clients": assembly.setup.population.clients,
+        "task": {
+            "primary": assembly.setup.task.primary,
+            "higher_is_better": assembly.setup.task.higher_is_better,
+        },
+        "sources": _sources(experiment),
+        "command": ["fedsim" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _sources(experiment: Experiment) -> dict[str, str]:
+    """Key -> SHA-256 of the file that a user's own part is defined in."""
+    found = {}
+    for key, kind in PLACES.items():
+        for place, part in _parts(experiment, key):
+            digest = catalog.source_hash(part, kind, experiment.base)
+            if digest is not None:
+                found[place] = digest
+    return found
+
+
+def _parts(experiment: Experiment, key: str) -> Iterator[tuple[str, catalog.Part]]:
+    """The parts that stand at a place of the experiment, each with its own key."""
+    thing: Any = experiment
+    for name in key.removesuffix("[]").split("."):
+        thing = getattr(thing, name)
+    if key.endswith("[]"):
+        yield from ((f"{key[:-2]}.{part.name}", part) for part in thing)
+    elif thing is not None:
+        yield key, getattr(thing, "part", thing)
+
+
+# ------------------------------------------------------------------------------------------------ the rounds and after
+
+
+def _rounds(under_way: _Run, callbacks: Sequence[Callback], first: bool) -> Iterator[RoundRecord]:
+    """Plays and commits the rounds that are left."""
+    simulation = under_way.simulation
+    if first:
+        yield _adopted(under_way, simulation.first())
+    while simulation.round < under_way.assembly.experiment.rounds and not under_way.stopped:
+        record = simulation.step()
+        if any([callback(record) == "stop" for callback in callbacks]):
+            under_way.stopped = True
+            record.events.append(Event(record.round, "stopped", f"a callback ended the run after round {record.round}"))
+            if not record.metrics:
+                simulation.judge(record)
+        yield _adopted(under_way, record)
+
+
+def _adopted(under_way: _Run, record: RoundRecord) -> RoundRecord:
+    under_way.simulation.commit(record)
+    under_way.metrics = record.metrics or under_way.metrics
+    return record
+
+
+def _summary(under_way: _Run, store: RunStore, directory: Path) -> dict[str, Any]:
+    simulation, task = under_way.simulation, under_way.assembly.setup.task
+    split = next((name for name in ("test", "client_test") if name in under_way.metrics), None)
+    found = under_way.metrics.get(split, {}) if split else {}
+    totals = store.totals()
+    return {
+        "out": str(directory),
+        "name": under_way.assembly.experiment.name,
+        "rounds": simulation.round,
+        "metric_name": task.primary,
+        "metric": found.get(task.primary),
+        "split": split,
+        "examples": found.get("examples"),
+        "accuracy": found.get("accuracy"),
+        "loss": found.get("loss"),
+        "weights_sha256": sha256(simulation.weights),
+        "parameters": simulation.layout.size,
+        "bytes_up": totals["bytes_up"],
+        "bytes_down": totals["bytes_down"],
+        "epsilon": totals["epsilon"],
+        "seconds": totals["seconds"],
+        "events": totals["events"],
+        "stopped": under_way.stopped,
+        "notes": _notes(under_way),
+    }
+
+
+def _notes(under_way: _Run) -> list[str]:
+    """What a reader must know to read the figures right."""
+    setup, data = under_way.assembly.setup, under_way.assembly.experiment.data
+    found = []
+    if batch_norms(setup.model) and setup.batch_norm == "recalibrate":
+        size = len(setup.population.server["proxy"])
+        found.append(
+            f"Batch norm was recalibrated on {size} unlabelled proxy examples that the server holds, taken from the"
+            f" source {data.source.name!r}; clients' statistics stay with them."
+        )
+    if batch_norms(setup.model) and setup.batch_norm == "batch":
+        found.append("Batch norm used each evaluation batch's own statistics, so a prediction depends on its batch.")
+    if under_way.stopped:
+        found.append(f"A callback ended the run after round {under_way.simulation.round}.")
+    return found
+
+
+def sha256(row: Tensor) -> str:
+    """SHA-256 of a row as little-endian float32, in layout order."""
+    return hashlib.sha256(row.to(torch.float32).contiguous().numpy().astype("<f4").tobytes()).hexdigest()
+
+
+def _write_report(directory: Path, store: RunStore, show: Progress) -> None:
+    """The run is done and saved; a report that cannot be written does not undo it."""
+    from fedsim.report import write_report
+
+    try:
+        write_report([directory])
+    except Exception as error:
+        store.event(Event(-1, "report_failed", f"{type(error).__name__}: {error}"))
+        show.note(f"the report could not be written ({error}); try again with: fedsim report {directory}")

@@ -1,0 +1,392 @@
+"""The round loop: choose clients, train them on the engine, combine what they send, move the weights, judge them."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients.batches import work
+from clients.errors import RunError
+from clients.evaluation import Total, add_totals
+from clients.training import PERSONAL
+from clients.updates import Updates
+from fedsim.engines.engine import Engine, Result
+from fedsim.execution import chunk_sizes
+from fedsim.experiment import Experiment
+from fedsim.records import Event, RoundRecord
+from fedsim.worker import Chunk, Piece, Setup, TrainedChunk, Worker
+from strategies.aggregation import add_sums
+from strategies.checks.check import CheckContext
+from strategies.context import Context
+
+_EXAMPLES_A_PIECE = 4096
+_CLIENTS_A_PIECE = 64
+
+ClientState = dict[str, tuple[Tensor, Tensor]]
+
+
+class StateStore(Protocol):
+    """Where client state lives between rounds, and rounds are committed."""
+
+    def client_state(self, name: str, ids: Tensor | Iterable[int], width: int, dtype: torch.dtype = ...) -> Tensor:
+        """``[k, width]``, zeros where a client has none."""
+        ...
+
+    def commit(self, record: RoundRecord, checkpoint: Mapping[str, Tensor], state: ClientState | None = None) -> None:
+        """Adopts a round, all of it or nothing."""
+        ...
+
+
+class InMemory:
+    """A state store without a directory: nothing survives the process."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[int, Tensor]] = {}
+
+    def client_state(
+        self, name: str, ids: Tensor | Iterable[int], width: int, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        known = self.rows.get(name, {})
+        nothing = torch.zeros(width, dtype=dtype)
+        return torch.stack([known.get(int(client), nothing) for client in ids]) if len(list(ids)) else nothing[None][:0]
+
+    def commit(self, record: RoundRecord, checkpoint: Mapping[str, Tensor], state: ClientState | None = None) -> None:
+        for name, (ids, rows) in (state or {}).items():
+            self.rows.setdefault(name, {}).update(zip(ids.tolist(), rows.clone(), strict=True))
+
+
+@dataclass
+class _Collected:
+    """What a round's chunks gave, in the order of addition."""
+
+    total: Updates | None
+    parts: list[Updates]
+    clients: list[dict[str, Any]]
+    chunks: list[dict[str, Any]]
+    events: list[Event]
+    state: dict[str, list[tuple[Tensor, Tensor]]]
+    slots: list[np.ndarray]
+
+
+class Simulation:
+    """One experiment under way: the weights, the strategy's state, and the step from one round to the next.
+
+    Args:
+        experiment: the settings.
+        setup: what the workers are made of.
+        engine: started with ``setup``.
+        store: holds client state; :meth:`commit` writes to it.
+        keep_rows: whether the last round's rows are kept, for checks that look at them.
+    """
+
+    def __init__(
+        self, experiment: Experiment, setup: Setup, engine: Engine, store: StateStore, *, keep_rows: bool = False
+    ):
+        self.experiment, self.setup, self.engine, self.store = experiment, setup, engine, store
+        self.strategy, self.population, self.layout = setup.strategy, setup.population, setup.layout
+        self.round = 0
+        self.weights = self.layout.flatten(setup.model)
+        self.state = self.strategy.init(self._context(0))
+        self.kept = self.strategy.client_state(self._context(0))
+        if self.layout.personal.size:
+            self.kept[PERSONAL] = self.layout.personal.size
+        self._staged: ClientState = {}
+        self._local: Worker | None = None
+        self._version = 0
+        self._keep_rows = keep_rows
+        self._cohort_rows: Updates | None = None
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """What the next round starts from: the weights ``row`` and the strategy's state."""
+        return {"row": self.weights, **{f"state/{name}": value for name, value in self.state.items()}}
+
+    def restore(self, round: int, tensors: Mapping[str, Tensor]) -> None:
+        """Goes on after a committed round."""
+        self.round = round
+        self.weights = tensors["row"].clone()
+        self.state = {name[6:]: value.clone() for name, value in tensors.items() if name.startswith("state/")}
+
+    def commit(self, record: RoundRecord) -> None:
+        """Makes a round's result the run's: record, checkpoint and client state together."""
+        self.store.commit(record, self.checkpoint(), self._staged)
+        self._staged = {}
+
+    # ------------------------------------------------------------------------------------------ rounds
+
+    def first(self) -> RoundRecord:
+        """Round 0: the initial weights, judged."""
+        begun = time.perf_counter()
+        record = RoundRecord(round=0, cohort=0, completed=0)
+        self.judge(record)
+        record.seconds = time.perf_counter() - begun
+        return record
+
+    def step(self) -> RoundRecord:
+        """Plays the next round and moves the weights; the result is not committed yet."""
+        begun = time.perf_counter()
+        number = self.round + 1
+        ctx = self._context(number)
+        cohort = self._cohort(ctx)
+        found = self._train(cohort, ctx)
+        record = RoundRecord(
+            round=number,
+            cohort=len(cohort),
+            completed=len(found.clients),
+            clients=found.clients,
+            chunks=found.chunks,
+            events=found.events,
+            bytes_up=sum(client.pop("bytes_up") for client in found.clients),
+            bytes_down=len(cohort) * self._bytes_down(),
+            train_seconds=sum(chunk["seconds"] for chunk in found.chunks),
+        )
+        self._combine(found, ctx, record)
+        self.round = number
+        self._staged = {
+            name: (torch.cat([ids for ids, _ in parts]), torch.cat([rows for _, rows in parts]))
+            for name, parts in found.state.items()
+        }
+        if number % self.experiment.evaluation.every == 0 or number == self.experiment.rounds:
+            self.judge(record)
+        record.seconds = time.perf_counter() - begun
+        return record
+
+    def _context(self, round: int) -> Context:
+        setup = self.setup
+        server: dict[str, Any] = {"data": self._data, "train": self._train_on_server, "evaluate": self.evaluate}
+        return Context(round, self.layout, self.weights, self.population, setup.task, setup.seed, server)
+
+    def _cohort(self, ctx: Context) -> np.ndarray:
+        ids = np.unique(np.asarray(self.strategy.sampling.cohort(ctx), dtype=np.int64))
+        strange = ids[(ids < 0) | (ids >= self.population.clients)]
+        if len(strange):
+            raise RunError(
+                f"round {ctx.round}, sampling: {self.strategy.sampling!r} chose client {strange[0]}, but ids are 0 to"
+                f" {self.population.clients - 1}"
+            )
+        return ids
+
+    def _bytes_down(self) -> int:
+        sent = self.strategy.broadcast(self.state).values()
+        return self.weights.nbytes + sum(value.nbytes for value in sent)
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def _train(self, cohort: np.ndarray, ctx: Context) -> _Collected:
+        found = _Collected(None, [], [], [], [], {}, [])
+        chunks = self._chunks(cohort, ctx.round)
+        rows = None
+        last = self._keep_rows and ctx.round == self.experiment.rounds
+        if (self.strategy.aggregator.needs == "rows" or last) and len(cohort):
+            rows = self.engine.buffer("rows", (len(cohort), self.layout.size), self.layout.dtype)
+        broadcast = {
+            "round": ctx.round,
+            "weights": self._broadcast_weights(self.weights),
+            "state": self.strategy.broadcast(self.state),
+            "rows": rows,
+        }
+        for result in self.engine.map("train", chunks, broadcast):
+            self._collect(result, found, ctx)
+        if rows is not None and found.parts:
+            slots = np.sort(np.concatenate(found.slots))
+            matrix = rows if len(slots) == len(cohort) else rows[torch.from_numpy(slots)]
+            self._cohort_rows = Updates.join(found.parts, matrix)
+            if self.strategy.aggregator.needs == "rows":
+                found.total = self._cohort_rows
+        return found
+
+    def _broadcast_weights(self, row: Tensor) -> Tensor:
+        shared = self.engine.buffer("weights", row.shape, row.dtype)
+        shared.copy_(row)
+        return shared
+
+    def _chunks(self, cohort: np.ndarray, round: int) -> list[Chunk]:
+        """Longest clients first (ties by id), cut into chunks; within a chunk by id."""
+        recipe = self.setup.recipe
+        sizes = self.population.splits["train"].sizes[cohort]
+        steps = work(recipe, sizes, cohort, self.setup.seed, round).steps
+        if recipe.stragglers == "drop" and len(steps):
+            amount = work(recipe, np.full_like(sizes, recipe.batch_size), cohort, self.setup.seed, round).steps
+            cohort, steps = cohort[amount == amount.max()], steps[amount == amount.max()]
+        order = np.argsort(-steps, kind="stable")
+        size = chunk_sizes(self.setup, self.setup.stacked, len(cohort), self.experiment.engine.stack_memory_mib)
+        chunks: list[Chunk] = []
+        for start in range(0, len(cohort), size):
+            slots = np.sort(order[start : start + size])
+            clients = cohort[slots]
+            state = {
+                name: self.store.client_state(name, clients.tolist(), width, self.layout.dtype)
+                for name, width in self.kept.items()
+            }
+            chunks.append(Chunk(len(chunks), clients, slots, state))
+        return chunks
+
+    def _collect(self, result: Result, found: _Collected, ctx: Context) -> None:
+        """Adds one chunk's result; called in the chunks' order."""
+        chunk: Chunk = result.chunk
+        for line in result.retries:
+            found.events.append(Event(ctx.round, "worker_lost", f"chunk {chunk.number}, {line}; tried again"))
+        if result.answer is None:
+            for client in chunk.clients.tolist():
+                message = f"client {client} was left out: its worker was lost every time ({result.lost})"
+                found.events.append(Event(ctx.round, "client_lost", message, client, "training"))
+            return
+        trained: TrainedChunk = result.answer.value
+        u = trained.updates
+        for failure in trained.failures:
+            found.events.append(
+                Event(ctx.round, failure.kind, failure.message, failure.client, failure.stage, failure.traceback)
+            )
+        found.chunks.append(
+            {"chunk": chunk.number, "pid": result.pid, "clients": len(chunk), "seconds": result.seconds}
+        )
+        if not len(u):
+            return
+        assert u.nbytes is not None
+        columns = (u.clients, u.examples, u.steps, u.weights, trained.loss, trained.norms, u.nbytes)
+        for client, examples, steps, weight, loss, norm, nbytes in zip(*(c.tolist() for c in columns), strict=True):
+            found.clients.append(
+                {
+                    "client": client,
+                    "chunk": chunk.number,
+                    "examples": examples,
+                    "steps": steps,
+                    "weight": weight,
+                    "loss": loss,
+                    "update_norm": norm,
+                    "bytes_up": nbytes,
+                }
+            )
+        tensors = result.answer.tensors
+        for name, value in tensors.items():
+            if name.startswith("state:"):
+                found.state.setdefault(name[6:], []).append((u.clients, value.clone()))
+        if "sum" in tensors:
+            sends = {name[5:]: value for name, value in tensors.items() if name.startswith("send:")}
+            part = u.replace(
+                rows=tensors["sum"],
+                examples=u.examples.sum(0, keepdim=True),
+                steps=u.steps.sum(0, keepdim=True),
+                weights=u.weights.sum(0, keepdim=True),
+                sends=sends,
+                nbytes=None,
+            )
+            found.total = add_sums(found.total, part)
+        found.parts.append(u)
+        found.slots.append(chunk.slots[np.searchsorted(chunk.clients, u.clients.numpy())])
+
+    # ------------------------------------------------------------------------------------------ combining
+
+    def _combine(self, found: _Collected, ctx: Context, record: RoundRecord) -> None:
+        """Moves the weights; or keeps them, and says why."""
+        needed = max(self.experiment.strategy.min_clients, self.strategy.aggregator.min_rows)
+        if record.completed < needed or found.total is None:
+            message = f"{record.completed} of {record.cohort} clients' updates are usable and {needed} are needed"
+            record.events.append(Event(ctx.round, "cohort_too_small", f"{message}; the weights are kept"))
+            return
+        row, state, info = self.strategy.aggregate(found.total, self.state, ctx)
+        self.weights, self.state = row, state
+        for name, values in info.items():
+            by_client = values.tolist() if isinstance(values, Tensor) else list(values)
+            told = dict(zip(found.total.clients.tolist(), by_client, strict=True))
+            for client in record.clients:
+                client[name] = told.get(client["client"])
+
+    # ------------------------------------------------------------------------------------------ judging
+
+    def judge(self, record: RoundRecord) -> None:
+        """Metrics on the server's test and validation splits, and on the clients' own where asked for."""
+        metrics: dict[str, dict[str, float]] = {}
+        if not self.layout.personal.size:  # else the server has no whole model
+            for split in ("test", "validation"):
+                if split in self.population.server:
+                    metrics[split] = self.evaluate(self.weights, split)
+        if self.experiment.evaluation.clients or self.layout.personal.size:
+            for split in ("test", "validation"):
+                if split in self.population.splits:
+                    metrics[f"client_{split}"] = self._judge_clients(split, record)
+        record.metrics = metrics
+
+    def evaluate(self, row: Tensor, split: str) -> dict[str, float]:
+        """Metrics of weights ``[d]`` on a server split, with the number of ``examples``."""
+        if split not in self.population.server:
+            raise RunError(f"evaluation: the server has no {split!r} split; it has {', '.join(self.population.server)}")
+        count = len(self.population.server[split])
+        starts = range(0, count, _EXAMPLES_A_PIECE)
+        pieces = [Piece(split, start, min(start + _EXAMPLES_A_PIECE, count)) for start in starts]
+        total: Total = {}
+        for result in self.engine.map("evaluate", pieces, self._evaluated(row)):
+            total = add_totals(total, self._totals(result)[0])
+        return {**self.setup.task.metrics(total), "examples": int(total["examples"][0])}
+
+    def _judge_clients(self, split: str, record: RoundRecord) -> dict[str, float]:
+        """Each client's metrics on its own split, recorded; returns them pooled and averaged over clients."""
+        ids = np.flatnonzero(self.population.splits[split].sizes)
+        pieces = []
+        for start in range(0, len(ids), _CLIENTS_A_PIECE):
+            some = ids[start : start + _CLIENTS_A_PIECE]
+            state = {}
+            if PERSONAL in self.kept:
+                state = {PERSONAL: self._personal(some)}
+            pieces.append(Piece(split, clients=some, state=state))
+        pooled: Total = {}
+        means: dict[str, list[float]] = {}
+        for result in self.engine.map("evaluate", pieces, self._evaluated(self.weights)):
+            for client, total in zip(result.chunk.clients.tolist(), self._totals(result), strict=True):
+                pooled = add_totals(pooled, total)
+                found = self.setup.task.metrics(total)
+                count = int(total["examples"][0])
+                record.client_metrics.append({"client": client, "split": f"client_{split}", "examples": count, **found})
+                for name, value in found.items():
+                    means.setdefault(name, []).append(value)
+        whole: dict[str, float] = {**self.setup.task.metrics(pooled), "examples": int(pooled["examples"][0])}
+        whole |= {f"{name}_client_mean": float(np.mean(values)) for name, values in means.items()}
+        return {**whole, "clients": len(ids)}
+
+    def _personal(self, ids: np.ndarray) -> Tensor:
+        """The clients' personal parameters, this round's new ones included, as offsets from the first weights."""
+        width = self.kept[PERSONAL]
+        rows = self.store.client_state(PERSONAL, ids.tolist(), width, self.layout.dtype)
+        if PERSONAL in self._staged:
+            fresh_ids, fresh = self._staged[PERSONAL]
+            places = {int(client): i for i, client in enumerate(ids)}
+            for client, row in zip(fresh_ids.tolist(), fresh, strict=True):
+                if client in places:
+                    rows[places[client]] = row
+        return rows
+
+    def _evaluated(self, row: Tensor) -> dict[str, Any]:
+        self._version += 1
+        return {"round": self.round, "weights": self._broadcast_weights(row), "version": self._version}
+
+    def _totals(self, result: Result) -> Sequence[Total]:
+        if result.answer is None:
+            raise RunError(f"round {self.round}, evaluation: the worker was lost every time ({result.lost})")
+        return result.answer.value
+
+    # ------------------------------------------------------------------------------------------ the server's own
+
+    def check_context(self) -> CheckContext:
+        """What a check sees after the last round."""
+        if self._local is None:
+            self._local = Worker(self.setup)
+        self._local.evaluator.load(self.weights)
+        model = copy.deepcopy(self._local.evaluator.model)
+        return CheckContext(**vars(self._context(self.round)), model=model, updates=self._cohort_rows)
+
+    def _data(self, split: str) -> dict[str, Tensor]:
+        columns = self.population.server[split]
+        return columns.take(torch.arange(len(columns)))
+
+    def _train_on_server(self, row: Tensor, split: str, round: int) -> Tensor:
+        if self._local is None:
+            self._local = Worker(self.setup)
+        return self._local.train_on_server(row, split, round)

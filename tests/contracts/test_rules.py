@@ -1,0 +1,54 @@
+"""An own aggregation rule with memory, and own plug-ins with halves and state on both sides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fedsim
+from tests.contracts.contract import Contract, as_objects
+
+
+class TestRuleWithMemory(Contract):
+    """Ten clients, of which three send five times the reverse of their update."""
+
+    table = {
+        "name": "trust",
+        "rounds": 6,
+        "data": {"clients": 10, "partition": "iid"},
+        "client": {"epochs": 1},
+        "strategy": {"clients_per_round": 9, "aggregator": {"name": "trust.py:Trust", "memory": 0.5}},
+        "plugins": [{"name": "trust.py:Reverse", "attackers": 3}],
+    }
+
+    def test_it_learns_where_the_mean_cannot(self, result: fedsim.Result, tmp_path: Path) -> None:
+        plain = {**self.table, "strategy": {"clients_per_round": 9}}
+        mean = fedsim.run(fedsim.Experiment(**as_objects(plain)), out=tmp_path / "mean", engine="inline")
+        assert mean.metrics["test"]["accuracy"] < 0.3
+        assert result.metrics["test"]["accuracy"] > 0.8  # chance is 0.1
+
+    def test_it_remembers_whom_it_trusts(self, result: fedsim.Result) -> None:
+        told = fedsim.load(result.out).clients
+        last = told[told["round"] == 6].set_index("client")["trust"]
+        assert last[last.index < 3].max() < 0.1
+        assert last[last.index >= 3].min() > 0.3
+
+
+class TestPluginWithTwoHalves(Contract):
+    table = {
+        "name": "clipping",
+        "rounds": 8,
+        "data": {"clients": 12},
+        "client": {"epochs": 2},
+        "strategy": {"clients_per_round": 6},
+        "plugins": [{"name": "clipping.py:AdaptiveClip", "bound": 0.3, "rate": 1.0}],
+        "evaluation": {"every": 4},
+    }
+
+    def test_it_learns(self, result: fedsim.Result) -> None:
+        assert result.metrics["test"]["accuracy"] > 0.6  # chance is 0.1
+
+    def test_the_bound_follows_the_norms(self, result: fedsim.Result) -> None:
+        """In the first round all norms are above the bound, so it rises by e^0.5; what a client kept back is sent later."""
+        told = fedsim.load(result.out).clients
+        norms = told[told["round"] == 1]["update_norm"]
+        assert (norms > 0.3).all()

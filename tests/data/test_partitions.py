@@ -1,0 +1,244 @@
+"""Every example has one owner; partitions are what their papers say, keyed, and cheap for a million clients."""
+
+from __future__ import annotations
+
+import resource
+import time
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from clients import randomness
+from clients.errors import RequestError
+from fedsim.data import Partition, dirichlet, iid, partition, partitions, shards
+
+NAMES: list[tuple[str, dict[str, Any]]] = [
+    ("iid", {}),
+    ("dirichlet", {}),
+    ("dirichlet", {"alpha": 0.05}),
+    ("dirichlet", {"alpha": 100.0, "min_examples": 3}),
+    ("dirichlet", {"variant": "per_client"}),
+    ("shards", {}),
+    ("natural", {}),
+]
+
+
+def draw(seed: int = 0) -> np.random.Generator:
+    return randomness.numpy_generator(seed, "partition")
+
+
+def labels(examples: int, classes: int = 10) -> np.ndarray:
+    return np.random.default_rng(examples).integers(0, classes, examples)
+
+
+def sizes(found: Any) -> np.ndarray:
+    return np.diff(found[1])
+
+
+def mixes(found: Any, y: np.ndarray) -> np.ndarray:
+    """Label counts ``[clients, classes]``."""
+    owner = np.repeat(np.arange(len(found[1]) - 1), sizes(found))
+    counts = np.zeros((len(found[1]) - 1, y.max() + 1), dtype=int)
+    np.add.at(counts, (owner, y[found[0]]), 1)
+    return counts
+
+
+@pytest.mark.parametrize(("name", "given"), NAMES)
+@pytest.mark.parametrize(("examples", "clients"), [(60, 20), (1318, 100), (61, 1)])
+def test_every_example_has_one_owner(name: str, given: dict[str, Any], examples: int, clients: int) -> None:
+    y = labels(examples)
+    order, offsets = partition(name, y, clients, 0, ids=y % clients, **given)
+    assert order.dtype == offsets.dtype == np.int64
+    assert np.array_equal(np.sort(order), np.arange(examples))
+    assert offsets[0] == 0
+    assert offsets[-1] == examples
+    assert np.diff(offsets).min() >= given.get("min_examples", 1)
+    if name != "natural":
+        assert len(offsets) == clients + 1
+
+
+@pytest.mark.parametrize(("name", "given"), NAMES[:-1])
+def test_a_partition_follows_from_the_seed(name: str, given: dict[str, Any]) -> None:
+    y = labels(400)
+    first, again, other = (partition(name, y, 20, seed, **given) for seed in (3, 3, 4))
+    assert np.array_equal(first[0], again[0])
+    assert np.array_equal(first[1], again[1])
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_iid_sizes_differ_by_at_most_one() -> None:
+    found = iid(labels(1318), 100, draw())
+    assert set(sizes(found)) == {13, 14}
+
+
+def test_dirichlet_shares_have_the_moments_of_their_distribution() -> None:
+    """A client's share of a class ~ Beta(alpha, alpha (clients - 1)): mean 1/clients and its variance, both checked."""
+    y, clients, alpha = labels(200_000, 400), 10, 0.5
+    counts = mixes(dirichlet(y, clients, draw(), alpha=alpha), y)
+    shares = counts / counts.sum(axis=0)
+    mean = 1 / clients
+    variance = mean * (1 - mean) / (clients * alpha + 1)
+    assert shares.mean(axis=1) == pytest.approx(mean, abs=4 * np.sqrt(variance / 400))
+    assert shares.var() == pytest.approx(variance, rel=0.1)
+
+
+def test_dirichlet_per_client_has_equal_sizes_and_mixes_of_its_distribution() -> None:
+    y, clients, alpha = np.arange(200_000) % 10, 1000, 0.5
+    found = dirichlet(y, clients, draw(), alpha=alpha, variant="per_client")
+    assert set(sizes(found)) == {200}
+    shares = mixes(found, y) / 200
+    variance = 0.1 * 0.9 / (10 * alpha + 1)
+    assert shares.var() == pytest.approx(variance + (0.09 - variance) / 200, rel=0.1)
+
+
+def test_dirichlet_per_client_takes_unequal_classes_as_they_are() -> None:
+    y = np.repeat([0, 1, 2], [900, 90, 10])
+    counts = mixes(dirichlet(y, 50, draw(), alpha=1000.0, variant="per_client"), y)
+    assert counts.sum(axis=1).tolist() == [20] * 50
+    assert counts[:, 0] == pytest.approx(18, abs=6)
+
+
+def test_a_smaller_alpha_is_more_skewed() -> None:
+    y = labels(5000)
+    for variant in ("per_class", "per_client"):
+        largest = [
+            (counts.max(axis=1) / counts.sum(axis=1)).mean()
+            for counts in (
+                mixes(partition("dirichlet", y, 50, 0, alpha=a, variant=variant), y) for a in (0.1, 1.0, 100.0)
+            )
+        ]
+        assert largest[0] - 0.15 > largest[1] > largest[2] + 0.1
+
+
+def test_dirichlet_draws_anew_before_it_moves_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    class MovedError(Exception):
+        pass
+
+    def moves(*_: Any) -> None:
+        raise MovedError
+
+    y = labels(1318)
+    monkeypatch.setattr(partitions, "_mend", moves)
+    for seed in range(5):
+        found = dirichlet(y, 100, draw(seed))
+        assert sizes(found).min() >= 1
+        assert sizes(found).max() > 26  # twice the mean: unequal as Dirichlet shares are
+    monkeypatch.setattr(partitions, "_TRIES", 1)
+    with pytest.raises(MovedError):  # a single draw often leaves a client without
+        list(map(dirichlet, [y] * 5, [100] * 5, map(draw, range(5))))
+
+
+@pytest.mark.parametrize("least", [1, 5, 13])
+def test_dirichlet_keeps_min_examples_where_no_draw_would(least: int) -> None:
+    y = labels(1318)
+    found = dirichlet(y, 100, draw(), alpha=0.01, min_examples=least)
+    assert sizes(found).min() >= least
+    assert np.array_equal(np.sort(found.order), np.arange(1318))
+
+
+@given(
+    examples=some.integers(1, 200), clients=some.integers(1, 60), least=some.integers(1, 4), seed=some.integers(0, 9)
+)
+@settings(max_examples=40, deadline=None)
+def test_dirichlet_holds_whatever_the_sizes(examples: int, clients: int, least: int, seed: int) -> None:
+    y = labels(examples, 3)
+    if examples < clients * least:
+        with pytest.raises(RequestError, match=r"data\.(clients|partition\.min_examples)"):
+            dirichlet(y, clients, draw(seed), alpha=0.1, min_examples=least)
+        return
+    found = dirichlet(y, clients, draw(seed), alpha=0.02, min_examples=least)
+    assert np.array_equal(np.sort(found.order), np.arange(examples))
+    assert sizes(found).min() >= least
+
+
+def test_shards_give_a_client_as_many_labels_as_shards() -> None:
+    y = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 600))
+    for per_client in (1, 2, 3):
+        found = shards(y, 100, draw(), per_client=per_client)
+        kinds = (mixes(found, y) > 0).sum(axis=1)
+        assert set(sizes(found)) == {60}
+        assert kinds.max() <= per_client + 1  # a shard may lie across two labels
+        assert kinds.mean() > 0.85 * per_client
+
+
+def test_natural_keeps_the_sources_clients() -> None:
+    ids = np.array([70, 5, 70, 9, 5, 70])
+    order, offsets = partition("natural", np.zeros(6, dtype=int), 100, 0, ids=ids)
+    assert [order[a:b].tolist() for a, b in pairwise(offsets)] == [[1, 4], [3], [0, 2, 5]]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("iid", {"clients": 61}, r"data\.clients: 61 clients but only 60 examples"),
+        ("dirichlet", {"clients": 61}, r"data\.clients: 61 clients but only 60 examples"),
+        ("dirichlet", {"min_examples": 7}, r"data\.partition\.min_examples: 7 for each of 10 clients are 70"),
+        ("dirichlet", {"alpha": 0}, r"data\.partition\.alpha"),
+        ("dirichlet", {"alpha": -1.0}, r"data\.partition\.alpha"),
+        ("dirichlet", {"alpha": "x"}, r"data\.partition\.alpha"),
+        ("dirichlet", {"variant": "per_clas"}, r"data\.partition\.variant.*per_class"),
+        ("dirichlet", {"alhpa": 1}, r"data\.partition\.alhpa.*alpha"),
+        ("shards", {"per_client": 7}, r"data\.partition\.per_client: 7 shards for each of 10 clients are 70"),
+        ("shards", {"per_client": 0}, r"data\.partition\.per_client"),
+        ("natural", {}, r"data\.partition: natural needs a source that says whose"),
+        ("dirichelt", {}, r"data\.partition.*dirichelt.*dirichlet"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_by_its_name(name: str, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        partition(name, labels(60), given.pop("clients", 10), 0, **given)
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "shards"])
+def test_partitions_by_label_need_one_class_an_example(name: str) -> None:
+    for bad in (np.zeros(60), np.zeros((60, 2), dtype=int), np.empty((60, 0))):
+        with pytest.raises(RequestError, match=rf"data\.partition: {name} goes by labels"):
+            partition(name, bad, 10, 0)
+    assert len(partition("iid", np.empty((60, 0)), 10, 0)[0]) == 60
+
+
+def odd_and_even(labels: np.ndarray, clients: int, generator: np.random.Generator, *, first: int = 0) -> Partition:
+    """A partition of one's own: two clients."""
+    owner = (np.arange(len(labels)) + first) % 2
+    return Partition(np.argsort(owner, kind="stable"), np.array([0, np.sum(owner == 0), len(labels)]))
+
+
+def test_a_function_of_ones_own_is_a_partition() -> None:
+    order, offsets = partition(odd_and_even, np.zeros(5), 2, 0, first=1)
+    assert [order[: offsets[1]].tolist(), order[offsets[1] :].tolist()] == [[1, 3], [0, 2, 4]]
+
+
+@pytest.mark.parametrize(
+    ("order", "offsets", "said"),
+    [
+        ([0, 1, 1], [0, 1, 3], "example 1 to 2 clients"),
+        ([0, 1], [0, 1, 2], "example 2 to 0 clients"),
+        ([0, 1, 3], [0, 1, 3], r"outside 0\.\.2"),
+        ([0, 1, 2], [0, 2, 2], "offsets that do not rise from 0 to 3"),
+        ([0, 1, 2], [0, 2, 1, 3], "offsets that do not rise"),
+        (None, [0, 3], r"not \(order, offsets\)"),
+    ],
+)
+def test_a_partition_that_loses_or_repeats_examples_is_refused(order: Any, offsets: Any, said: str) -> None:
+    def own(labels: np.ndarray, clients: int, generator: np.random.Generator) -> Any:
+        return None if order is None else (np.array(order), np.array(offsets))
+
+    with pytest.raises(RequestError, match=rf"data\.partition.*{said}"):
+        partition(own, np.zeros(3), 2, 0)
+
+
+@pytest.mark.parametrize(("name", "given"), [NAMES[0], NAMES[1], NAMES[4], NAMES[6]])
+def test_a_million_clients_take_seconds_and_megabytes(name: str, given: dict[str, Any]) -> None:
+    clients, examples = 1_000_000, 2_000_000
+    y = labels(examples)
+    ids = np.random.default_rng(1).permutation(examples) % clients
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    order, offsets = partition(name, y, clients, 0, ids=ids, **given)
+    assert time.perf_counter() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 * 1024  # KiB, while it works
+    assert order.nbytes + offsets.nbytes < 25e6
+    assert np.diff(offsets).min() >= 1

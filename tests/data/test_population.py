@@ -1,0 +1,239 @@
+"""A source is cut up without loss or overlap, by the seed alone, and cheaply."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clients.errors import RequestError
+from clients.parts import Part
+from fedsim.data import CSR, Population, Source, TensorColumns, build, digits
+from fedsim.experiment import DataSettings
+
+
+def numbered(examples: int, **columns: Any) -> Source:
+    """A source whose ``x`` is the example's own position."""
+    position = torch.arange(examples)
+    return Source(train={"x": position[:, None].float(), "y": position % 7, **columns})
+
+
+def positions(population: Population) -> dict[str, list[int]]:
+    """Where each example of a numbered source went."""
+    found = {f"client {name}": csr.order.tolist() for name, csr in population.splits.items()}
+    for name, columns in population.server.items():
+        found[name] = columns.column("x")[:, 0].long().tolist()
+    return found
+
+
+def test_the_digits_experiment() -> None:
+    population = build(digits(), DataSettings(), 0)
+    assert population.clients == 100
+    assert population.classes == 10
+    assert population.input_shape == (64,)
+    assert population.input_range == (0, 1)
+    assert {name: len(columns) for name, columns in population.server.items()} == {"test": 359, "proxy": 120}
+    assert population.splits.keys() == {"train"}
+    assert population.splits["train"].examples == 1797 - 359 - 120
+    assert population.trainable.tolist() == list(range(100))
+
+
+@pytest.mark.parametrize("name", ["iid", "dirichlet", "shards"])
+def test_every_example_is_in_one_split(name: str) -> None:
+    settings = DataSettings(
+        partition=Part(name),
+        clients=13,
+        proxy=20,
+        root=10,
+        validation_fraction=0.1,
+        client_test_fraction=0.3,
+        client_validation_fraction=0.2,
+    )
+    found = positions(build(numbered(500), settings, 0))
+    assert {name: len(found[name]) for name in ("test", "validation", "proxy", "root")} == {
+        "test": 100,
+        "validation": 50,
+        "proxy": 20,
+        "root": 10,
+    }
+    assert sorted(itertools.chain(*found.values())) == list(range(500))
+
+
+def test_all_follows_from_the_seed_and_data_seed_goes_before_it() -> None:
+    settings: dict[str, Any] = {"client_test_fraction": 0.2, "held_out_clients": 5}
+
+    def all_of(seed: int, own: int | None = None) -> tuple[Any, ...]:
+        population = build(numbered(1500), DataSettings(**settings, seed=own), seed)
+        return positions(population), population.held_out.tolist()
+
+    assert all_of(0) == all_of(0) != all_of(1)
+    assert all_of(5, own=1) == all_of(1)
+    assert all_of(0)[1] != all_of(1)[1]
+
+
+def test_the_servers_splits_do_not_depend_on_the_partition() -> None:
+    one, two = (
+        build(numbered(900), DataSettings(partition=Part(name), clients=c), 0)
+        for name, c in (("iid", 9), ("shards", 30))
+    )
+    assert positions(one)["test"] == positions(two)["test"]
+
+
+def test_the_proxy_has_no_labels_and_root_has() -> None:
+    population = build(numbered(900), DataSettings(root=30, clients=10), 0)
+    assert population.server["proxy"].names == ("x",)
+    assert population.server["root"].names == ("x", "y")
+
+
+def test_splits_that_the_source_brings_are_taken() -> None:
+    given = {"x": torch.zeros(4, 1), "y": torch.tensor([0, 1, 2, 11])}
+    source = Source(train=numbered(200).train, test=given, validation=given, proxy=given, root=given)
+    population = build(source, DataSettings(clients=10, validation_fraction=0.1, root=7), 0)
+    assert {len(columns) for columns in population.server.values()} == {4}
+    assert population.splits["train"].examples == 200
+    assert population.server["proxy"].names == ("x",)
+    assert population.classes == 12  # the largest label is in a split of the server's
+
+
+def test_nothing_is_drawn_where_nothing_is_asked() -> None:
+    population = build(numbered(50), DataSettings(test_fraction=0.0, proxy=0, clients=10), 0)
+    assert population.server == {}
+    assert population.splits["train"].examples == 50
+
+
+def test_each_client_keeps_a_share_and_something_to_train_on() -> None:
+    settings = DataSettings(
+        clients=60, test_fraction=0.0, proxy=0, client_test_fraction=0.5, client_validation_fraction=0.4,
+        partition=Part("dirichlet", {"alpha": 0.2}),
+    )  # fmt: skip
+    splits = build(numbered(600), settings, 0).splits
+    train, validation, test = (splits[name].sizes for name in ("train", "validation", "test"))
+    whole = train + validation + test
+    assert train.min() >= 1
+    assert whole.min() == 1  # which a client with one example shows
+    large = whole >= 10
+    assert np.abs(test - 0.5 * whole)[large].max() <= 0.5
+    assert np.abs(validation - 0.4 * whole)[large].max() <= 0.5
+    owned = [np.concatenate([splits[name].of(client) for name in splits]) for client in range(60)]
+    assert [len(examples) for examples in owned] == whole.tolist()
+
+
+def test_client_splits_are_drawn_at_random() -> None:
+    splits = build(numbered(4000), DataSettings(clients=10, client_test_fraction=0.5), 0).splits
+    means = [splits["test"].of(client).mean() for client in range(10)]
+    assert np.mean(means) == pytest.approx(2000, rel=0.1)
+
+
+def test_held_out_clients_are_never_trainable() -> None:
+    population = build(numbered(900), DataSettings(held_out_clients=40), 0)
+    assert len(population.held_out) == 40
+    assert sorted([*population.held_out, *population.trainable]) == list(range(100))
+    assert population.splits["train"].sizes[population.held_out].min() >= 1  # they keep their examples to be judged on
+
+
+def test_the_natural_partition_counts_its_own_clients() -> None:
+    source = Source(train=numbered(90).train, clients=np.arange(90) // 30 * 5)
+    population = build(source, DataSettings(partition=Part("natural"), proxy=0), 0)
+    assert population.clients == 3
+    assert (population.splits["train"].of(1) // 30 == 1).all()
+
+
+class Pairs(torch.utils.data.Dataset):
+    """A data set of the user's own: two inputs and a mask."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        left, right = torch.full((3,), float(index)), np.zeros((2, 2))
+        return {"left": left, "right": right, "mask": torch.full((4, 4), index % 5)}
+
+
+def test_a_data_set_of_ones_own() -> None:
+    settings = DataSettings(partition=Part("iid"), clients=4, proxy=5)
+    population = build(Source(train=Pairs(), label="mask"), settings, 0)
+    assert population.input_shape == (3,)
+    assert population.classes == 5
+    assert population.server["proxy"].names == ("left", "right")
+    batch = population.columns.take(torch.from_numpy(population.splits["train"].of(2))[None])
+    assert batch["left"][0, :, 0].long().tolist() == population.splits["train"].of(2).tolist()
+
+
+def test_real_targets_and_missing_labels_have_no_classes() -> None:
+    settings = DataSettings(partition=Part("iid"), clients=4, proxy=5)
+    assert build(numbered(40, y=torch.rand(40)), settings, 0).classes is None
+    unlabelled = build(Source(train={"x": torch.rand(40, 3)}), settings, 0)
+    assert unlabelled.classes is None
+    assert unlabelled.server["proxy"].names == ("x",)
+
+
+def test_text_that_is_its_own_label_stays_in_the_proxy() -> None:
+    source = Source(train={"text": torch.randint(0, 20, (40, 6))}, label="text")
+    population = build(source, DataSettings(partition=Part("iid"), clients=4, proxy=5), 0)
+    assert population.server["proxy"].names == ("text",)
+    assert population.input_shape == (6,)
+
+
+def test_map_tensors_reaches_everything_and_can_be_undone() -> None:
+    population = build(numbered(300), DataSettings(client_test_fraction=0.2, held_out_clients=2, clients=10), 0)
+    store: list[torch.Tensor] = []
+
+    def put(tensor: torch.Tensor) -> int:
+        store.append(tensor.clone())
+        return len(store) - 1
+
+    handles = population.map_tensors(put)
+    assert len(pickle.dumps(handles)) < 3000  # no tensor is left inside
+    again = pickle.loads(pickle.dumps(handles)).map_tensors(store.__getitem__)
+    assert positions(again) == positions(population)
+    assert np.array_equal(again.trainable, population.trainable)
+    assert np.shares_memory(again.splits["train"].order, store[2].numpy())
+    assert isinstance(again.columns, TensorColumns)
+
+
+def test_a_population_is_picklable() -> None:
+    population = build(numbered(300), DataSettings(clients=10), 0)
+    assert positions(pickle.loads(pickle.dumps(population))) == positions(population)
+
+
+def test_csr_gives_views() -> None:
+    csr = CSR(np.array([4, 2, 0, 1, 3]), np.array([0, 2, 2, 5]))
+    assert (csr.clients, csr.examples, csr.sizes.tolist()) == (3, 5, [2, 0, 3])
+    assert [csr.of(client).tolist() for client in range(3)] == [[4, 2], [], [0, 1, 3]]
+    assert np.shares_memory(csr.of(2), csr.order)
+    assert csr.owners.tolist() == [0, 0, 2, 2, 2]
+    kept = csr.only(np.array([True, False, False, True, True]))
+    assert [kept.of(client).tolist() for client in range(3)] == [[4], [], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"clients": 200}, r"data\.clients: 200 clients but only 120 examples to train on"),
+        ({"proxy": 240}, r"data\.proxy: 240 asks for 240 examples, but 240 remain"),
+        ({"root": 500}, r"data\.root: 500 asks for 500 examples, but 120 remain"),
+        ({"test_fraction": 0.999}, r"data\.test_fraction: 0\.999 asks for 300 examples, but 300 remain"),
+        ({"validation_fraction": 0.9}, r"data\.validation_fraction: 0\.9 asks for 270 examples, but 240 remain"),
+        ({"client_test_fraction": 0.6, "client_validation_fraction": 0.4}, r"data\.client_test_fraction: 0\.6"),
+        ({"held_out_clients": 10}, r"data\.held_out_clients: 10 of 10 clients"),
+        ({"partition": Part("natural")}, r"data\.partition: natural needs"),
+    ],
+)
+def test_more_than_there_is_is_refused_by_its_key(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said) as caught:
+        build(numbered(300), DataSettings(**{"clients": 10, **changes}), 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_million_clients_are_cheap() -> None:
+    source = numbered(2_000_000)
+    start = time.perf_counter()
+    settings = DataSettings(clients=1_000_000, partition=Part("iid"), client_test_fraction=0.3, held_out_clients=1000)
+    population = build(source, settings, 0)
+    assert len(population.trainable) == 999_000
+    assert time.perf_counter() - start < 10
