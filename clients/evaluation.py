@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from clients.errors import RunError
 from clients.normalization import batch_norms, batch_statistics, recalibrate
 from clients.objective import TaskModule
 from clients.task import Batch, Task, loss_and_weights
@@ -76,6 +77,12 @@ class Evaluator:
         weights = torch.ones_like(values) if weights is None else weights
         statistics = {"examples": torch.ones_like(values), "loss": values * weights, "loss_weight": weights}
         statistics |= self.task.statistics(outputs, batch)
+        for name, value in statistics.items():
+            if value.shape[:1] != values.shape:
+                raise RunError(
+                    f"{type(self.task).__name__}.statistics: {name!r} has shape {list(value.shape)} for"
+                    f" {len(values)} examples; give one value or several for each, [B] or [B, m]"
+                )
         return {name: value[:, None] if value.dim() == 1 else value for name, value in statistics.items()}
 
 

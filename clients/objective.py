@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from clients.hooks import Correction, Variables
-from clients.task import Batch, Task, loss_and_weights
+from clients.task import Batch, Task, loss_and_weights, one_each
 from clients.weights import Layout
 
 
@@ -46,6 +46,7 @@ class Objective:
         if not self.correction.adds_loss:
             return reported, reported.detach()
         extra = self.correction.loss(self._call, batch, outputs, v)
+        one_each(extra, f"{type(self.correction).__name__}.loss")
         return reported + _mean(extra, _times(mask, None)), reported.detach()
 
     def _call(self, row: Tensor, batch: Batch) -> Any:

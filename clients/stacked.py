@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from clients.hooks import Variables
 from clients.objective import Objective
 from clients.task import Batch
-from clients.weights import Slot
+from clients.weights import Layout
 
 
 class StackedExecutor:
@@ -24,10 +24,11 @@ class StackedExecutor:
     def __init__(self, objective: Objective):
         self.objective = objective
         self.layout = objective.layout.all
-        self.names = self.layout.names
+        self._leaves = self._places = _Views()
 
     def gradients(self, rows: Tensor, grads: Tensor, batch: Batch, mask: Tensor | None, v: Variables) -> Tensor:
-        leaves = {slot.name: self._view(rows, slot).requires_grad_() for slot in self.layout}
+        leaves = self._leaves = self._leaves.of(rows, self.layout, requires_grad=True)
+        places = self._places = self._places.of(grads, self.layout)
 
         def one(
             leaf: Mapping[str, Tensor], columns: Batch, real: Tensor | None, client: Mapping[str, Tensor]
@@ -38,14 +39,25 @@ class StackedExecutor:
 
         with torch.enable_grad():
             loss, reported = torch.vmap(one, in_dims=(0, 0, None if mask is None else 0, 0), randomness="different")(
-                leaves, batch, mask, dict(v.client)
+                leaves.tensors, batch, mask, dict(v.client)
             )
-            found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-        for slot, gradient in zip(self.layout, found, strict=True):
-            place = self._view(grads, slot)
+            found = torch.autograd.grad(loss.sum(), list(leaves.tensors.values()), allow_unused=True)
+        for place, gradient in zip(places.tensors.values(), found, strict=True):
             place.zero_() if gradient is None else place.copy_(gradient)
         return reported
 
-    @staticmethod
-    def _view(block: Tensor, slot: Slot) -> Tensor:
-        return block[:, slot.slice].view(len(block), *slot.shape).detach()
+
+@dataclass(frozen=True)
+class _Views:
+    """A block's parameters as views ``[k, *shape]``; made once and used for every step on the same memory."""
+
+    key: tuple = ()
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, block: Tensor, layout: Layout, requires_grad: bool = False) -> _Views:
+        # The views keep the memory alive, so the same address is the same block.
+        key = (block.data_ptr(), block.shape, block.stride())
+        if key == self.key:
+            return self
+        views = {slot.name: block[:, slot.slice].view(len(block), *slot.shape).detach() for slot in layout}
+        return _Views(key, {name: view.requires_grad_(requires_grad) for name, view in views.items()})

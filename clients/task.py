@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clients.errors import RunError
+
 Batch = Mapping[str, Tensor]
 Total = Mapping[str, Tensor]
 
@@ -177,6 +179,25 @@ def _by_example(values: Tensor) -> Tensor:
 
 
 def loss_and_weights(task: Task, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """A task's loss as ``([B] values, [B] weights or None)``."""
+    """A task's loss as ``([B] values, [B] weights or None)``.
+
+    Raises:
+        RunError: for a loss that is already averaged.
+    """
     found = task.loss(outputs, batch)
-    return found if isinstance(found, tuple) else (found, None)
+    values, weights = found if isinstance(found, tuple) else (found, None)
+    one_each(values, f"{type(task).__name__}.loss")
+    return values, weights
+
+
+def one_each(values: Tensor, where: str) -> None:
+    """Refuses a loss that is not one value an example.
+
+    Raises:
+        RunError: names ``where`` it came from.
+    """
+    if values.dim() != 1:
+        raise RunError(
+            f"{where} gave shape {list(values.shape)} for a batch of B examples; give one value an example, [B]"
+            ' (torch\'s losses: reduction="none")'
+        )

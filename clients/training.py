@@ -101,6 +101,7 @@ class Trainer:
         self.start_personal = layout.personal.flatten(model) if layout.personal.size else None
         self.buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.executor = self._executor()
+        self._blocks: dict[str, Tensor] = {}
 
     def _executor(self) -> Executor:
         objective = Objective(TaskModule(self.model, self.task), self.layout, self.correction)
@@ -143,7 +144,7 @@ class Trainer:
         try:
             with torch.random.fork_rng(devices=[]):
                 # Dropout and the like draw from torch's own generator: one key a stack.
-                torch.manual_seed(randomness.key(self.seed, "model", round, int(clients[0])))
+                torch.default_generator.manual_seed(randomness.key(self.seed, "model", round, int(clients[0])))
                 return [self._train(clients, weights, round, state, server)], []
         except Exception as error:
             if len(clients) == 1:
@@ -184,9 +185,8 @@ class Trainer:
         plan = schedule(done, members, sorted_clients, self.recipe.batch_size, self.seed, round)
         loss = self._descend(rows, plan, v)[back]
 
-        rows = rows[back]
         updates = Updates(
-            rows=rows[:, : self.layout.size] - weights,
+            rows=rows[:, : self.layout.size][back].sub_(weights),
             clients=torch.from_numpy(clients),
             examples=torch.from_numpy(done.examples)[back],
             steps=torch.from_numpy(done.steps)[back],
@@ -194,21 +194,27 @@ class Trainer:
         )
         updates, new_state = self.correction.finish(updates, replace(v, client=state))
         if self.start_personal is not None:
-            new_state = {**new_state, PERSONAL: rows[:, self.layout.size :] - self.start_personal}
+            new_state = {**new_state, PERSONAL: rows[:, self.layout.size :][back].sub_(self.start_personal)}
         return Trained(updates, loss, new_state)
 
     def _first_rows(self, k: int, weights: Tensor, personal: Tensor | None) -> Tensor:
-        rows = torch.empty(k, self.block.size, dtype=self.block.dtype)
+        rows = self._scratch("rows", k)
         rows[:, : self.layout.size] = weights
         if self.start_personal is not None:
             rows[:, self.layout.size :] = self.start_personal if personal is None else self.start_personal + personal
         return rows
 
+    def _scratch(self, name: str, k: int) -> Tensor:
+        """A block ``[k, D]`` for work in progress, the same memory each time: fresh pages are costly."""
+        if name not in self._blocks or len(self._blocks[name]) < k:
+            self._blocks[name] = torch.empty(k, self.block.size, dtype=self.block.dtype)
+        return self._blocks[name][:k]
+
     def _descend(self, rows: Tensor, plan: Schedule, v: Variables) -> Tensor:
         """Runs the steps of the plan on the block, in place; returns the mean loss of each client, ``float64 [k]``."""
         for name, buffer in self.model.named_buffers():
             buffer.copy_(self.buffers[name])
-        grads = torch.zeros_like(rows)
+        grads = self._scratch("grads", len(rows))
         state = self.optimizer.init(rows)
         lr, l2 = self.recipe.learning_rate, self.recipe.regularization.l2
         total = torch.zeros(len(rows), dtype=torch.float64)

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from clients import catalog, randomness
-from clients.errors import RequestError
+from clients.errors import FedsimError, RequestError
+from clients.evaluation import Evaluator
 from clients.hooks import LocalTraining
 from clients.initialization import initialize
 from clients.normalization import batch_norms
 from clients.optimizers import Optimizer
 from clients.task import Task
+from clients.training import in_precision
 from clients.weights import Layout, share_all_but
 from fedsim import data
 from fedsim.data.population import Population
@@ -87,6 +89,7 @@ def assemble(experiment: Experiment) -> Assembly:
         batch_norm="batch" if experiment.evaluation.batch_norm == "batch" else "recalibrate",
     )
     _check_evaluation(experiment, setup)
+    _try_out(setup)
     try:
         execution = decide(setup)
     except ValueError as obstacle:
@@ -193,6 +196,31 @@ def _check_evaluation(experiment: Experiment, setup: Setup) -> None:
             f"evaluation.batch_norm: recalibration needs proxy examples and there are {proxies}; set data.proxy, or"
             ' evaluation.batch_norm = "batch"'
         )
+
+
+def _try_out(setup: Setup) -> None:
+    """Model and task meet the data, two examples of it, before anything is written."""
+    few = torch.from_numpy(setup.population.splits["train"].order[:2].copy())
+    batch = in_precision(setup.population.columns.take(few), setup.layout.dtype)
+    evaluator = Evaluator(setup.model, setup.task, setup.layout, setup.batch_size, "batch")
+    try:
+        total = evaluator.totals(setup.population.columns, few)
+    except Exception as error:
+        columns = ", ".join(f"{name} {str(column.dtype)[6:]} {list(column.shape)}" for name, column in batch.items())
+        said = str(error) if isinstance(error, FedsimError) else f"{type(error).__name__}: {error}"
+        raise RequestError(
+            f"model and task: {type(setup.model).__name__} with {type(setup.task).__name__} raises on a batch of"
+            f" {columns}: {' '.join(said.split())}"
+        ) from error
+    try:
+        setup.task.metrics(total)
+    except KeyError as error:
+        raise RequestError(
+            f"task: {type(setup.task).__name__} gives no metric {error} from its statistics {', '.join(total)}; give that"
+            " statistic, or override metric()"
+        ) from error
+    except ArithmeticError:
+        pass  # too few examples for this metric
 
 
 def make_engine(experiment: Experiment, name: str | None = None) -> Engine:

@@ -115,7 +115,7 @@ def run(
     *,
     out: Path | str | None = None,
     resume: bool = False,
-    engine: str | None = None,
+    engine: str | Engine | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
     callbacks: Sequence[Callback] = (),
@@ -127,7 +127,7 @@ def run(
         out: the run's directory; left out, the first free of ``runs/NAME``, ``runs/NAME-2``, ... (on a resume: the
             newest unfinished one).
         resume: goes on with the run in ``out``, to the same bits; where there is none, it begins.
-        engine: ``auto``, ``inline``, ``processes``, instead of the experiment's.
+        engine: ``auto``, ``inline``, ``processes`` or an own one, instead of the experiment's.
         workers: how many workers.
         progress: shows the run under way.
         callbacks: each is called with every round's record before it is committed; ``"stop"`` ends the run there.
@@ -194,7 +194,7 @@ def rounds(
     experiment: Experiment | str | Path | None = None,
     *,
     out: Path | str | None = None,
-    engine: str | None = None,
+    engine: str | Engine | None = None,
     workers: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Iterator[RoundRecord]:
@@ -203,7 +203,7 @@ def rounds(
     Args:
         experiment: as for :func:`run`.
         out: where rounds are committed, a run that can be resumed; left out, nothing is written.
-        engine: ``auto``, ``inline``, ``processes``, instead of the experiment's.
+        engine: ``auto``, ``inline``, ``processes`` or an own one, instead of the experiment's.
         workers: how many workers.
         callbacks: as for :func:`run`.
     """
@@ -218,7 +218,7 @@ def rounds(
 
 
 def plan(
-    experiment: Experiment | str | Path | None = None, *, engine: str | None = None, workers: int | None = None
+    experiment: Experiment | str | Path | None = None, *, engine: str | Engine | None = None, workers: int | None = None
 ) -> dict[str, Any]:
     """What a run would do, without doing it: execution and why, bytes a round, memory, an estimate of its time.
 
@@ -277,7 +277,7 @@ def _experiment(
     given: Experiment | str | Path | None,
     directory: Path | None,
     resume: bool,
-    engine: str | None,
+    engine: str | Engine | None,
     workers: int | None,
 ) -> Experiment:
     """The experiment with the call's engine and workers; on a resume without one, the run's own."""
@@ -287,7 +287,10 @@ def _experiment(
         experiment = Experiment(directory, **read_experiment(directory))
     else:
         experiment = Experiment.load(given)
-    changes = [f'engine.name="{engine}"'] if engine else []
+    if engine is not None and not isinstance(engine, str):
+        settings = experiment.engine.model_copy(update={"part": catalog.Part.of(engine)})
+        experiment = experiment.model_copy(update={"engine": settings})
+    changes = [f'engine.name="{engine}"'] if isinstance(engine, str) else []
     changes += [f"engine.workers={workers}"] if workers is not None else []
     return experiment.override(changes)
 

@@ -165,14 +165,16 @@ class Simulation:
         return Context(round, self.layout, self.weights, self.population, setup.task, setup.seed, server)
 
     def _cohort(self, ctx: Context) -> np.ndarray:
-        ids = np.unique(np.asarray(self.strategy.sampling.cohort(ctx), dtype=np.int64))
-        strange = ids[(ids < 0) | (ids >= self.population.clients)]
+        ids, able = np.unique(np.asarray(self.strategy.sampling.cohort(ctx))), self.population.trainable
+        # Of an empty cohort the dtype says nothing.
+        whole = ids.dtype.kind in "iu" or not len(ids)
+        strange = ids[able[np.searchsorted(able, ids).clip(max=len(able) - 1)] != ids] if whole else ids
         if len(strange):
             raise RunError(
-                f"round {ctx.round}, sampling: {self.strategy.sampling!r} chose client {strange[0]}, but ids are 0 to"
-                f" {self.population.clients - 1}"
+                f"round {ctx.round}, sampling: {self.strategy.sampling!r} chose client {strange[0]}, which cannot be"
+                " trained; choose from ctx.population.trainable (clients with examples that are not held out)"
             )
-        return ids
+        return ids.astype(np.int64)
 
     def _bytes_down(self) -> int:
         sent = self.strategy.broadcast(self.state).values()
@@ -293,6 +295,10 @@ class Simulation:
             record.events.append(Event(ctx.round, "cohort_too_small", f"{message}; the weights are kept"))
             return
         row, state, info = self.strategy.aggregate(found.total, self.state, ctx)
+        if not bool(torch.isfinite(row).all()):
+            message = f"{self.strategy!r} made NaN or infinite weights of finite updates; the weights are kept"
+            record.events.append(Event(ctx.round, "weights_not_finite", message))
+            return
         self.weights, self.state = row, state
         for name, values in info.items():
             by_client = values.tolist() if isinstance(values, Tensor) else list(values)

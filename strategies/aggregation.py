@@ -44,6 +44,9 @@ class Aggregator:
         """
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
 
 @dataclass(frozen=True)
 class Mean(Aggregator):

@@ -29,6 +29,9 @@ class Sampling:
         """The expected cohort, of so many clients. Only estimates are made of it, so a sampler need not know: then all."""
         return clients
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
 
 def draws(ctx: Context, ids: np.ndarray) -> np.ndarray:
     """u(seed, round, client) in ``[0, 1)`` for these ids, ``float64 [k]``."""

@@ -32,6 +32,9 @@ class ServerOptimizer:
         """New weights ``[d]`` and state from weights, update and state; the arguments stay as they are."""
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
 
 @dataclass(frozen=True)
 class SGD(ServerOptimizer):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clients.errors import RequestError
+from clients.errors import FedsimError, RequestError, RunError
 from clients.hooks import Correction
 from clients.updates import Updates
 from strategies.aggregation import Aggregator, Mean, weighted_sum
@@ -130,15 +131,18 @@ class Strategy:
         Returns:
             The updates as they enter the reduction, and the new client state of the plug-ins.
         """
-        u = self.aggregator.prepare(u, ctx)
+        with _named(self.aggregator, "prepare", ctx):
+            u = self.aggregator.prepare(u, ctx)
         fresh: State = {}
         for place, plugin in self._named_plugins():
             mine = {name: kept[f"{place}/{name}"] for name in plugin.client_state}
-            u, after = plugin.client(u, {**_of(place, state), **mine}, ctx)
-            fresh |= {f"{place}/{name}": after[name] for name in plugin.client_state}
+            with _named(plugin, "client", ctx):
+                u, after = plugin.client(u, {**_of(place, state), **mine}, ctx)
+                fresh |= {f"{place}/{name}": after[name] for name in plugin.client_state}
         u = u.replace(nbytes=u.bill())
         for place, plugin in reversed(list(self._named_plugins())):
-            u = plugin.server_each(u, _of(place, state), ctx)
+            with _named(plugin, "server_each", ctx):
+                u = plugin.server_each(u, _of(place, state), ctx)
         return u, fresh
 
     def reduce(self, u: Updates) -> Updates:
@@ -149,15 +153,21 @@ class Strategy:
 
     def aggregate(self, u: Updates, state: State, ctx: Context) -> tuple[Tensor, State, Info]:
         """From the reduced updates to new weights ``[d]``, the new state, and the rule's per-client values."""
-        combined, after, info = self.aggregator.combine(u, _of("aggregator", state), ctx)
+        with _named(self.aggregator, "combine", ctx):
+            combined, after, info = self.aggregator.combine(u, _of("aggregator", state), ctx)
+            if combined.shape != ctx.weights.shape:
+                raise ValueError(f"gave a row of shape {list(combined.shape)}; give {list(ctx.weights.shape)}")
         state = {**_without("aggregator", state), **_under("aggregator", after)}
         total = u.replace(rows=combined[None].to(ctx.layout.dtype))
         for place, plugin in self._named_plugins():
-            total, after = plugin.server_total(total, _of(place, state), ctx)
+            with _named(plugin, "server_total", ctx):
+                total, after = plugin.server_total(total, _of(place, state), ctx)
             state = {**_without(place, state), **_under(place, after)}
-        own = self.correction.server(u, _of("correction", state), ctx)
+        with _named(self.correction, "server", ctx):
+            own = self.correction.server(u, _of("correction", state), ctx)
         state = {**_without("correction", state), **_under("correction", own)}
-        row, after = self.server_optimizer.step(ctx.weights, total.rows[0], _of("server_optimizer", state))
+        with _named(self.server_optimizer, "step", ctx):
+            row, after = self.server_optimizer.step(ctx.weights, total.rows[0], _of("server_optimizer", state))
         state = {**_without("server_optimizer", state), **_under("server_optimizer", after)}
         return row.to(ctx.layout.dtype), state, info
 
@@ -168,7 +178,20 @@ class Strategy:
 _PARTS = ("sampling", "correction", "plugins", "aggregator", "server_optimizer")
 
 
+@contextmanager
+def _named(part: object, half: str, ctx: Context) -> Iterator[None]:
+    """Says of an error in a part's own code which part it was, and in which round."""
+    try:
+        yield
+    except FedsimError:
+        raise
+    except Exception as error:
+        raise RunError(f"round {ctx.round}, {type(part).__name__}.{half}: {type(error).__name__}: {error}") from error
+
+
 def _length(size: str | int, ctx: Context) -> int:
+    if size != "row" and not isinstance(size, int):
+        raise RequestError(f'state of size {size!r}; say "row" for one number a parameter, or how many numbers')
     return ctx.layout.size if size == "row" else int(size)
 
 

@@ -68,7 +68,9 @@ class Contract:
                 fedsim.run(self.experiment(client={"execution": "stacked"}), out=tmp_path / "stacked", engine="inline")
             return
         loop, stacked = (
-            fedsim.run(self.experiment(rounds=3, client=client), out=tmp_path / client["execution"], engine="inline").row
+            fedsim.run(
+                self.experiment(rounds=3, client=client), out=tmp_path / client["execution"], engine="inline"
+            ).row
             for client in ({"execution": way, "precision": "float64"} for way in ("loop", "stacked"))
         )
         # In float32 rounding alone can set them apart: Adam makes steps of it where a gradient is zero.
@@ -122,5 +124,8 @@ def replaced(value: Any, change: Any) -> Any:
 
 def changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The table with some keys changed; those of an inner table are added to it."""
-    inner = {name: {**table.get(name, {}), **value} for name, value in changes.items() if isinstance(value, Mapping)}
-    return {**table, **changes, **inner}
+    whole = dict(table)
+    for name, value in changes.items():
+        before = table.get(name, {})
+        whole[name] = {**before, **value} if isinstance(value, Mapping) and isinstance(before, Mapping) else value
+    return whole

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 import fedsim
-from tests.contracts.contract import Contract, command_line, write
+import strategies
+from tests.contracts.contract import Contract, as_objects, changed, command_line, write
 from tests.contracts.things.engine import Backwards
-from tests.contracts.things.parts import Patience, Worst
+from tests.contracts.things.parts import Patience
 
 
 class TestEveryPart(Contract):
@@ -37,7 +37,6 @@ class TestEveryPart(Contract):
         },
         "checks": [{"name": "parts.py:Worst", "at_least": 0.2}],
         "evaluation": {"every": 1},
-        "engine": "engine.py:Backwards",
     }
 
     def test_it_learns(self, result: fedsim.Result) -> None:
@@ -65,9 +64,66 @@ class TestEveryPart(Contract):
         assert len((result.out / "checks" / "worst" / "classes.csv").read_text().splitlines()) == 5
 
 
-class TestCheckThatFails:
-    def test_it_is_exit_code_3_and_the_run_is_kept(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-        table = {**TestEveryPart.table, "rounds": 1, "checks": [{"name": "parts.py:Worst", "at_least": 1.0}]}
-        summary = command_line(capfd, "run", write(table, tmp_path), "--out", tmp_path / "run", code=3)
-        assert summary["checks_failed"] == ["worst"]
-        assert (tmp_path / "run" / "report.html").exists()
+def test_a_check_that_fails_is_exit_code_3_and_the_run_is_kept(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = changed(TestEveryPart.table, {"rounds": 1, "checks": [{"name": "parts.py:Worst", "at_least": 1.0}]})
+    summary = command_line(capfd, "run", write(table, tmp_path), "--out", tmp_path / "run", code=3)
+    assert summary["checks_failed"] == ["worst"]
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_callback_stops_a_run_early(tmp_path: Path) -> None:
+    """A learning rate that jumps about: the validation loss soon rises again."""
+    restless = changed(TestEveryPart.table, {"rounds": 40, "client": {"lr": 0.3}})
+    found = fedsim.run(
+        fedsim.Experiment(**as_objects(restless)), out=tmp_path / "run", engine="inline", callbacks=[Patience(2)]
+    )
+    stopped = found.summary["rounds"]
+    losses = found.history["validation_loss"]
+    assert 2 <= stopped < 40
+    assert losses.iloc[-2:].min() >= losses.iloc[:-2].min()
+    assert list(found.history.index) == list(range(stopped + 1))
+    assert "a callback ended the run" in fedsim.load(found.out).events["message"].iloc[-1]
+    again = fedsim.run(out=found.out, resume=True)
+    assert again.summary == found.summary
+
+
+def test_an_engine_is_used_however_it_is_given_and_changes_no_bit(tmp_path: Path) -> None:
+    """Eight chunks a round, the last one first."""
+    plain = {
+        "name": "engine",
+        "rounds": 3,
+        "data": {"source": "parts.py:blobs", "clients": 8},
+        "client": {"execution": "loop"},
+        "strategy": {"clients_per_round": 8},
+        "engine": "inline",
+    }
+    own = {**plain, "engine": "engine.py:Backwards"}
+    inline = fedsim.Experiment(**as_objects(plain))
+    found = [
+        fedsim.run(fedsim.Experiment(**as_objects(own)), out=tmp_path / "class"),
+        fedsim.run(fedsim.Experiment(**as_objects({**plain, "engine": Backwards()})), out=tmp_path / "object"),
+        fedsim.run(write(own, tmp_path), out=tmp_path / "file"),
+        fedsim.run(inline, engine=Backwards(), out=tmp_path / "call"),
+    ]
+    expected = fedsim.run(inline, out=tmp_path / "inline").summary["weights_sha256"]
+    for one in found:
+        assert one.summary["weights_sha256"] == expected
+        assert fedsim.load(one.out).manifest["execution"]["engine"] == "backwards"
+
+
+def test_a_built_in_thing_serves_by_name_and_as_an_object(tmp_path: Path) -> None:
+    few = {"rounds": 3, "data": {"clients": 20}}
+    by_name = fedsim.Experiment(**few, strategy={"name": "fedavgm", "momentum": 0.5, "clients_per_round": 5})
+    preset = strategies.FedAvgM(momentum=0.5, sampling=strategies.Fixed(clients_per_round=5))
+    composed = strategies.Strategy(
+        sampling=strategies.Fixed(clients_per_round=5), server_optimizer=strategies.server_optimizers.SGD(momentum=0.5)
+    )
+    hashes = {
+        fedsim.run(experiment, out=tmp_path / str(i), engine="inline").summary["weights_sha256"]
+        for i, experiment in enumerate(
+            [by_name, fedsim.Experiment(**few, strategy=preset), fedsim.Experiment(**few, strategy=composed)]
+        )
+    }
+    assert len(hashes) == 1

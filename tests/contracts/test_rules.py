@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 import fedsim
-from tests.contracts.contract import Contract, as_objects
+from tests.contracts.contract import Contract
 
 
 class TestRuleWithMemory(Contract):
@@ -21,8 +24,7 @@ class TestRuleWithMemory(Contract):
     }
 
     def test_it_learns_where_the_mean_cannot(self, result: fedsim.Result, tmp_path: Path) -> None:
-        plain = {**self.table, "strategy": {"clients_per_round": 9}}
-        mean = fedsim.run(fedsim.Experiment(**as_objects(plain)), out=tmp_path / "mean", engine="inline")
+        mean = fedsim.run(self.experiment(strategy={"aggregator": "mean"}), out=tmp_path / "mean", engine="inline")
         assert mean.metrics["test"]["accuracy"] < 0.3
         assert result.metrics["test"]["accuracy"] > 0.8  # chance is 0.1
 
@@ -47,8 +49,13 @@ class TestPluginWithTwoHalves(Contract):
     def test_it_learns(self, result: fedsim.Result) -> None:
         assert result.metrics["test"]["accuracy"] > 0.6  # chance is 0.1
 
-    def test_the_bound_follows_the_norms(self, result: fedsim.Result) -> None:
-        """In the first round all norms are above the bound, so it rises by e^0.5; what a client kept back is sent later."""
-        told = fedsim.load(result.out).clients
-        norms = told[told["round"] == 1]["update_norm"]
-        assert (norms > 0.3).all()
+    def test_the_server_s_half_moves_the_bound_to_the_norms(self, result: fedsim.Result) -> None:
+        norms = fedsim.load(result.out).clients["update_norm"]
+        assert norms.min() > 0.5  # the first bound, 0.3, is far below all of them
+        state = load_file(max((result.out / "checkpoints").iterdir()))
+        assert norms.min() < float(state["state/plugin/0-AdaptiveClip/bound"]) < 2 * norms.max()
+
+    def test_a_client_keeps_back_what_is_cut_off(self, result: fedsim.Result) -> None:
+        with sqlite3.connect(result.out / "run.db") as database:
+            (kept,) = database.execute("SELECT count(DISTINCT client) FROM client_state").fetchone()
+        assert kept == fedsim.load(result.out).clients["client"].nunique()

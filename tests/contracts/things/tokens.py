@@ -20,7 +20,9 @@ def sentences(examples: int = 480) -> fedsim.Source:
     tokens = torch.randint(1, WORDS + 1, (examples, LONGEST), generator=draw)
     length = torch.randint(2, LONGEST + 1, (examples, 1), generator=draw)
     real = torch.arange(LONGEST) < length
-    return fedsim.Source(train={"tokens": tokens * real, "larger": (tokens > tokens[:, :1]).long() * real}, label="larger")
+    return fedsim.Source(
+        train={"tokens": tokens * real, "larger": (tokens > tokens[:, :1]).long() * real}, label="larger"
+    )
 
 
 class Transformer(nn.Module):

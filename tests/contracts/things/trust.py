@@ -23,7 +23,9 @@ class Trust(Aggregator):
     def init(self, ctx: Context) -> dict[str, Tensor]:
         return {"trust": torch.full((ctx.population.clients,), 0.5, dtype=ctx.layout.dtype)}
 
-    def combine(self, u: Updates, state: dict[str, Tensor], ctx: Context) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
+    def combine(
+        self, u: Updates, state: dict[str, Tensor], ctx: Context
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
         agreement = torch.cosine_similarity(u.rows, u.rows.median(0).values[None]).clamp(min=0)
         trust = state["trust"].clone()
         trust[u.clients] = self.memory * trust[u.clients] + (1 - self.memory) * agreement
