@@ -216,8 +216,8 @@ def _try_out(setup: Setup) -> None:
         setup.task.metrics(total)
     except KeyError as error:
         raise RequestError(
-            f"task: {type(setup.task).__name__} gives no metric {error} from its statistics {', '.join(total)}; give that"
-            " statistic, or override metric()"
+            f"task: {type(setup.task).__name__} gives no metric {error} from its statistics {', '.join(total)}; give"
+            " that statistic, or override metric()"
         ) from error
     except ArithmeticError:
         pass  # too few examples for this metric

@@ -5,7 +5,6 @@ Everything that is wrong with the request is found here, before torch is importe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 from clients import catalog, problems
 from clients.errors import RequestError, RunError
 from fedsim.experiment import Experiment
-from fedsim.runs.database import open_to_read, read_meta
-from fedsim.runs.directory import check_name, holds_run, read_experiment
+from fedsim.runs.directory import holds_run
+from fedsim.runs.resolved import latest, read_experiment
 
 RUNS = Path("runs")
 
@@ -85,14 +84,10 @@ def newest_unfinished(name: str) -> Path | None:
     Raises:
         RequestError: where all are finished.
     """
-    check_name(name)
-    numbered = re.compile(re.escape(name) + r"(-\d+)?")
-    folders = [path for path in RUNS.iterdir() if numbered.fullmatch(path.name)] if RUNS.is_dir() else []
-    runs = [path for path in folders if holds_run(path) and _name(path) in (name, None)]
-    unfinished = [path for path in runs if not _finished(path)]
-    if runs and not unfinished:
+    unfinished = latest(RUNS, name, unfinished=True)
+    if unfinished is None and latest(RUNS, name) is not None:
         raise RequestError(f"--resume: every run {RUNS / name} is finished; leave --resume out to start another")
-    return max(unfinished, key=_last_written, default=None)
+    return unfinished
 
 
 def _check_out(out: Path, resume: bool) -> list[str]:
@@ -146,25 +141,6 @@ def _line_in(error: BaseException, file: Path) -> str:
             lines.append(at.tb_lineno)
         at = at.tb_next
     return f", line {lines[-1]}" if lines else ""
-
-
-def _finished(path: Path) -> bool:
-    try:
-        with open_to_read(path) as database:
-            return "summary" in read_meta(database, path)
-    except RunError:
-        return False
-
-
-def _name(path: Path) -> Any:
-    try:
-        return read_experiment(path).get("name")
-    except (RequestError, RunError):
-        return None
-
-
-def _last_written(path: Path) -> int:
-    return max((file.stat().st_mtime_ns for file in path.glob("run.db*")), default=0)
 
 
 def _said(value: Any) -> str:

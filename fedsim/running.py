@@ -27,7 +27,8 @@ from fedsim.engines.engine import Engine
 from fedsim.execution import chunk_sizes
 from fedsim.experiment import PLACES, Experiment
 from fedsim.records import Event, RoundRecord
-from fedsim.runs import RunStore, first_free, holds_run, latest, read_experiment
+from fedsim.request import RUNS, newest_unfinished
+from fedsim.runs import RunStore, first_free, holds_run, read_experiment
 from fedsim.simulation import InMemory, Simulation, StateStore
 from strategies.checks.check import Check
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Callback = Callable[[RoundRecord], Literal["stop"] | None]
-RUNS = Path("runs")
 
 
 class Progress(Protocol):
@@ -298,7 +298,7 @@ def _experiment(
 def _directory(out: Path | str | None, resume: bool, name: str) -> Path | None:
     """Where the run goes; None for a free directory that is made later."""
     if out is None:
-        return latest(RUNS, name) if resume else None
+        return newest_unfinished(name) if resume else None
     directory = Path(out)
     if holds_run(directory) and not resume:
         raise RequestError(

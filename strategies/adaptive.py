@@ -22,6 +22,8 @@ class FedAdam(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
+    _rule: type[Adam] = Adam
+
     def __init__(
         self,
         lr: Positive = 0.01,
@@ -32,25 +34,14 @@ class FedAdam(Strategy):
         initial_accumulator: NonNegative = 0.0,
         **parts: Any,
     ):
-        optimizer = Adam(lr, b1, b2, tau, bias_correction, initial_accumulator)
+        optimizer = self._rule(lr, b1, b2, tau, bias_correction, initial_accumulator)
         super().__init__(**{"server_optimizer": optimizer, **parts})
 
 
-class FedYogi(Strategy):
+class FedYogi(FedAdam):
     """FedAvg's mean update through Yogi, whose second moment moves by at most (1 - b2) D^2; arguments as FedAdam."""
 
-    def __init__(
-        self,
-        lr: Positive = 0.01,
-        b1: NonNegative = 0.9,
-        b2: NonNegative = 0.99,
-        tau: Positive = 1e-3,
-        bias_correction: bool = False,
-        initial_accumulator: NonNegative = 0.0,
-        **parts: Any,
-    ):
-        optimizer = Yogi(lr, b1, b2, tau, bias_correction, initial_accumulator)
-        super().__init__(**{"server_optimizer": optimizer, **parts})
+    _rule = Yogi
 
 
 class FedAdagrad(Strategy):

@@ -26,7 +26,7 @@ class Sampling:
         raise NotImplementedError
 
     def expected(self, clients: int) -> float:
-        """The expected cohort, of so many clients. Only estimates are made of it, so a sampler need not know: then all."""
+        """The expected cohort, of so many clients. It only serves estimates; who cannot know says all."""
         return clients
 
     def __repr__(self) -> str:

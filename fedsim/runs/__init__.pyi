@@ -1,5 +1,6 @@
-from .directory import first_free, holds_run, latest, read_experiment
+from .directory import first_free, holds_run
 from .history import Run, load
+from .resolved import latest, read_experiment
 from .store import Checkpoint, RunStore
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from clients.errors import RunError
 from fedsim.runs import database as db
-from fedsim.runs.directory import parse_experiment
+from fedsim.runs.resolved import parse_experiment
 
 if TYPE_CHECKING:
     import pandas as pd

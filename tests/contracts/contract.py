@@ -19,7 +19,7 @@ THINGS = Path(__file__).with_name("things")
 PACKAGE = f"{__package__}.things"
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Ends a run in the middle of a round."""
 
 
@@ -51,10 +51,10 @@ class Contract:
     ) -> None:
         def kill(record: fedsim.RoundRecord) -> None:
             if record.round == 3:
-                raise Killed
+                raise KilledError
 
         named = replaced(self.table, lambda name: f"{PACKAGE}.{name.replace('.py:', ':')}")
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             fedsim.run(fedsim.Experiment(**named), out=tmp_path / "run", engine="inline", callbacks=[kill])
         assert list(fedsim.load(tmp_path / "run").history.index) == [0, 1, 2]
         again = fedsim.run(out=tmp_path / "run", engine="inline", resume=True)

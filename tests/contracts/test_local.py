@@ -77,9 +77,7 @@ class TestFedRep(Contract):
 class Careless(clients.LocalTraining):
     """Freezes and never thaws; says so where the model comes frozen."""
 
-    def train(
-        self, model: nn.Module, data: clients.ClientData, ctx: clients.LocalContext
-    ) -> dict[str, float | Tensor]:
+    def train(self, model: nn.Module, data: clients.ClientData, ctx: clients.LocalContext) -> dict[str, float | Tensor]:
         if not (model.training and all(parameter.requires_grad for parameter in model.parameters())):
             raise AssertionError("the model is as another client left it")
         model.eval().requires_grad_(False)

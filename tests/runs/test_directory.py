@@ -96,7 +96,8 @@ def test_asking_imports_nothing_heavy(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from fedsim.records import RoundRecord
-from fedsim.runs.directory import first_free, holds_run, latest, read_experiment
+from fedsim.runs.directory import first_free, holds_run
+from fedsim.runs.resolved import read_experiment
 from fedsim.runs import read_experiment
 from fedsim.report import write_report
 read_experiment(Path({str(tmp_path / "run")!r}))

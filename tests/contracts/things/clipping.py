@@ -12,10 +12,10 @@ from strategies import Context, Plugin
 
 
 class AdaptiveClip(Plugin):
-    """Clips updates to a bound that follows a quantile of their norms (Andrew et al. 2021); what is cut off is sent later.
+    """Clips updates to a bound that follows a quantile of their norms (Andrew et al. 2021); the rest is sent later.
 
-    A client sends ``min(1, C / |x|) x`` with ``x`` its update and what it kept back before, and whether ``|x| <= C``. The
-    server moves ``C <- C exp(-rate (b - quantile))`` where ``b`` is the share of clients that stayed below.
+    A client sends ``min(1, C / |x|) x`` with ``x`` its update and what it kept back before, and whether ``|x| <= C``.
+    The server moves ``C <- C exp(-rate (b - quantile))`` where ``b`` is the share of clients that stayed below.
     """
 
     client_state = {"kept_back": "row"}

@@ -47,7 +47,9 @@ class FedRep(LocalTraining):
             optimizer = torch.optim.SGD(trained, lr=ctx.lr)
             for batch in data.batches(ctx.recipe.batch_size, epochs):
                 optimizer.zero_grad()
-                loss = ctx.task.loss(ctx.task.forward(model, batch), batch).mean()
+                losses = ctx.task.loss(ctx.task.forward(model, batch), batch)
+                assert isinstance(losses, Tensor)  # a task may give weights too
+                loss = losses.mean()
                 loss.backward()
                 optimizer.step()
                 steps, total = steps + 1, total + loss.item()

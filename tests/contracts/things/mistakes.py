@@ -59,7 +59,7 @@ class NotANumber(strategies.Aggregator):
 
 
 class UnknownNeed(strategies.Aggregator):
-    needs = "row"
+    needs = "row"  # type: ignore[assignment]
 
 
 class ForgetfulPlugin(strategies.Plugin):

@@ -29,18 +29,18 @@ class Features(nn.Module):
 class OnLogits(Classification):
     """Classification by the logits among several outputs."""
 
-    def loss(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+    def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return super().loss(outputs["logits"], batch)
 
-    def statistics(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def statistics(self, outputs: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return super().statistics(outputs["logits"], batch)
 
 
 class Moon(Correction):
     """Adds ``-mu log(e^(s_g / tau) / (e^(s_g / tau) + e^(s_p / tau)))`` to the loss of an example.
 
-    ``s_g`` and ``s_p`` are the cosines between its features under the local weights and under the global ones, and under
-    the client's own weights after its previous round. In a client's first round the previous weights are the global ones.
+    ``s_g`` and ``s_p`` are the cosines between its features under the local weights and those under the global weights
+    and under the client's own after its previous round. In its first round the previous weights are the global ones.
     """
 
     client_state = {"previous": "row", "rounds": 1}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -83,6 +83,7 @@ class Worst(Check):
         self.at_least = at_least
 
     def run(self, ctx: CheckContext) -> tuple[Mapping[str, float], Mapping[str, Any], Mapping[str, Any]]:
+        assert ctx.model is not None
         test = ctx.data("test")
         right = ctx.model(test["x"]).argmax(1) == test["y"]
         by_class = {int(c): float(right[test["y"] == c].float().mean()) for c in test["y"].unique()}
@@ -98,7 +99,7 @@ class Patience:
     def __init__(self, evaluations: int = 2):
         self.evaluations, self.best, self.waited = evaluations, float("inf"), 0
 
-    def __call__(self, record: fedsim.RoundRecord) -> str | None:
+    def __call__(self, record: fedsim.RoundRecord) -> Literal["stop"] | None:
         if "validation" not in record.metrics:
             return None
         loss = record.metrics["validation"]["loss"]
