@@ -22,7 +22,7 @@ from strategies import Aggregator, Plugin
 class Reputation(Aggregator):
     """Weighs every client by how far it agrees with the round's median, now and before.
 
-    The agreement of client k is the cosine ``c_k`` of its update with the coordinates' median, 0 where that is negative;
+    The agreement of client k is the cosine ``c_k`` of its update with the coordinates' median, 0 where negative;
     its reputation is remembered, ``r_k <- memory r_k + (1 - memory) c_k``; the aggregate weighs by ``r_k c_k``.
     """
 

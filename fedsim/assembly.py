@@ -23,7 +23,7 @@ from clients.weights import Layout, share_all_but
 from fedsim import data
 from fedsim.data.population import Population
 from fedsim.data.source import Source
-from fedsim.engines.engine import Engine
+from fedsim.engines.engine import Engine, cores
 from fedsim.execution import Execution, decide
 from fedsim.experiment import Experiment
 from fedsim.worker import Setup
@@ -235,7 +235,7 @@ def make_engine(experiment: Experiment, name: str | None = None) -> Engine:
 
 def choose_engine(assembly: Assembly, workers: int | None) -> str:
     """``processes`` or ``inline``, by the local training that the whole run holds."""
-    able = hasattr(os, "fork") and (workers or os.cpu_count() or 1) > 1
+    able = hasattr(os, "fork") and (workers or cores()) > 1
     return "processes" if able and multiply_adds(assembly) > _WORTH_PROCESSES else "inline"
 
 

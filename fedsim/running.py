@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from clients.normalization import batch_norms
 from clients.weights import Layout
 from fedsim import checking
 from fedsim.assembly import Assembly, assemble, choose_engine, make_engine, multiply_adds
-from fedsim.engines.engine import Engine
+from fedsim.engines.engine import Engine, cores
 from fedsim.execution import chunk_sizes
 from fedsim.experiment import PLACES, Experiment
 from fedsim.records import Event, RoundRecord
@@ -240,7 +239,7 @@ def plan(
         begun = time.perf_counter()
         trainer.train(few, weights, 1)
         each = (time.perf_counter() - begun) / len(few)
-    count = experiment.engine.workers or os.cpu_count() or 1
+    count = experiment.engine.workers or cores()
     parallel = 1 if chosen == "inline" else min(count, -(-cohort // stack_size))
     block = layout.all.size * layout.dtype.itemsize
     rows = block * cohort if setup.strategy.aggregator.needs == "rows" else 2 * 8 * layout.size * parallel
@@ -379,7 +378,7 @@ def manifest(assembly: Assembly, engine: Engine) -> dict[str, Any]:
             "system": platform.system(),
             "architecture": platform.machine(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(),
+            "cores": cores(),
         },
         "execution": {
             "name": assembly.execution.name,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from clients.errors import RunError
-from fedsim.engines.engine import Answer, Engine, Result, _reused
+from fedsim.engines.engine import Answer, Engine, Result, _reused, cores
 from fedsim.engines.memory import Segment, Segments, dumps
 from fedsim.engines.wire import Channel
 
@@ -188,7 +188,7 @@ class Processes(Engine):
     """
 
     def __init__(self, workers: int | None = None, client_timeout: float | None = None):
-        self.count = workers or len(os.sched_getaffinity(0))
+        self.count = workers or cores()
         self.client_timeout = client_timeout
         self.segments = Segments()
         self.buffers: dict[str, Tensor] = {}
