@@ -278,7 +278,7 @@ class Trainer:
         return Trained(updates, torch.tensor([loss], dtype=torch.float64), new_state)
 
     def _local_context(self, round: int, client: int, data: ClientData) -> LocalContext:
-        names, personal = self.layout.names, self.layout.personal.names
+        names, personal = tuple(self.layout.names), tuple(self.layout.personal.names)
         return LocalContext(round, client, self.recipe, self.task, data.generator, names, personal)
 
     def _collect(self, parts: list[Trained], failures: list[ClientFailure]) -> Trained:

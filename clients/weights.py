@@ -45,7 +45,6 @@ class Layout:
             Those that are not are the layout's :attr:`personal` part.
 
     Attributes:
-        names: the shared parameters' names, in order.
         size: length ``d`` of a row.
         dtype: dtype of a row.
         personal: the layout of what is trained but not shared.
@@ -73,7 +72,6 @@ class Layout:
     def _fill(self, slots: tuple[Slot, ...], dtype: torch.dtype) -> None:
         self.slots = slots
         self.dtype = dtype
-        self.names = tuple(slot.name for slot in slots)
         self.size = sum(slot.size for slot in slots)
 
     @classmethod
@@ -81,6 +79,11 @@ class Layout:
         made = cls.__new__(cls)
         made._fill(slots, dtype)
         return made
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names, in order."""
+        return [slot.name for slot in self.slots]
 
     @property
     def all(self) -> Layout:
@@ -103,7 +106,7 @@ class Layout:
         return hash((self.slots, self.dtype))
 
     def __repr__(self) -> str:
-        return f"Layout({len(self.names)} parameters, size={self.size}, {str(self.dtype).removeprefix('torch.')})"
+        return f"Layout({len(self.slots)} parameters, size={self.size}, {str(self.dtype).removeprefix('torch.')})"
 
     def flatten(self, source: nn.Module | Mapping[str, Tensor]) -> Tensor:
         """Copies named tensors into a new row ``[size]``.

@@ -13,7 +13,7 @@ from clients.weights import Layout, share_all_but
 def test_a_row_is_the_named_parameters_in_order():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     layout = Layout(model)
-    assert layout.names == ("0.weight", "0.bias", "1.weight", "1.bias")
+    assert layout.names == ["0.weight", "0.bias", "1.weight", "1.bias"]
     assert layout.size == 3 * 2 + 2 + 2 + 1
     row = layout.flatten(model)
     assert torch.equal(row, torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
@@ -37,13 +37,13 @@ def test_buffers_and_frozen_parameters_have_no_place():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model[2].bias.requires_grad_(False)
     names = Layout(model).names
-    assert names == ("0.weight", "0.bias", "1.weight", "1.bias", "2.weight")
+    assert names == ["0.weight", "0.bias", "1.weight", "1.bias", "2.weight"]
 
 
 def test_tied_parameters_appear_once():
     model = nn.ModuleDict({"embedding": nn.Embedding(10, 4), "head": nn.Linear(4, 10, bias=False)})
     model["head"].weight = model["embedding"].weight
-    assert Layout(model).names == ("embedding.weight",)
+    assert Layout(model).names == ["embedding.weight"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -61,9 +61,9 @@ def test_every_dtype_round_trips(dtype):
 def test_personal_parameters_stay_out_of_the_shared_row():
     model = nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 2)})
     layout = Layout(model, share_all_but(["head.*"], model))
-    assert layout.names == ("body.weight", "body.bias")
-    assert layout.personal.names == ("head.weight", "head.bias")
-    assert layout.all.names == (*layout.names, *layout.personal.names)
+    assert layout.names == ["body.weight", "body.bias"]
+    assert layout.personal.names == ["head.weight", "head.bias"]
+    assert layout.all.names == [*layout.names, *layout.personal.names]
     whole = layout.all.flatten(model)
     assert torch.equal(whole[: layout.size], layout.flatten(model))
     assert torch.equal(whole[layout.size :], layout.personal.flatten(model))
