@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import queue
 import select
 import socket
@@ -68,10 +69,14 @@ def serve(sock: socket.socket) -> None:
 
 
 def _listen(channel: Channel, inbox: queue.SimpleQueue[Any]) -> None:
-    """Reads until the driver is gone, and ends the process then."""
-    with contextlib.suppress(EOFError, OSError):
+    """Reads until the driver is gone, or until it cannot read what comes, and ends the process then."""
+    try:
         while True:
             inbox.put(channel.receive())
+    except (EOFError, OSError):
+        pass
+    except Exception:
+        traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -81,7 +86,7 @@ def _setup(channel: Channel, inbox: queue.SimpleQueue[Any]) -> Any:
     try:
         sys.path[:], folder, setup = inbox.get()
         os.chdir(folder)
-        worker = setup()
+        worker = pickle.loads(setup)()
     except Exception as error:
         channel.send(("raised", -1, f"{type(error).__name__}: {error}", traceback.format_exc()))
         return None
@@ -203,8 +208,10 @@ class Processes(Engine):
         return self.count
 
     def start(self, setup: Callable[[], Any]) -> None:
+        # The setup travels as bytes: only with the driver's paths can a worker import what a user's file imports.
+        pickled, used = dumps(setup, self.segments)
         place = ([os.path.abspath(path) for path in sys.path], os.getcwd())
-        self.setup = dumps((*place, setup), self.segments)
+        self.setup = pickle.dumps((*place, pickled)), used
         self.crew = [self._hire() for _ in range(self.count)]
         for worker in self.crew:
             self._welcome(worker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,3 +129,31 @@ def test_a_built_in_thing_serves_by_name_and_as_an_object(tmp_path: Path) -> Non
         )
     }
     assert len(hashes) == 1
+
+
+def test_a_file_may_import_what_lies_beside_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In worker processes too, which start before the file is read."""
+    (tmp_path / "layers_of_mine.py").write_text("from torch import nn\n\n\nclass Layer(nn.Linear):\n    pass\n")
+    (tmp_path / "net.py").write_text("from layers_of_mine import Layer\n\n\ndef net():\n    return Layer(64, 10)\n")
+    file = tmp_path / "experiment.toml"
+    file.write_text('rounds = 1\nmodel = "net.py:net"\n')
+    hashes = [
+        command_line(capfd, "run", file, "--out", tmp_path / engine, "--engine", engine)["weights_sha256"]
+        for engine in ("inline", "processes")
+    ]
+    assert hashes[0] == hashes[1]
+
+
+class Unreadable:
+    """Something in a thing of one's own that is pickled and cannot be read again."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
+
+
+def test_what_a_worker_cannot_read_ends_the_run_and_says_why(tmp_path: Path) -> None:
+    rule = strategies.Mean()
+    object.__setattr__(rule, "extra", Unreadable())
+    experiment = fedsim.Experiment(rounds=1, data={"clients": 20}, strategy={"aggregator": rule})
+    with pytest.raises(fedsim.clients.RunError, match="could not be set up: ValueError: invalid literal"):
+        fedsim.run(experiment, out=tmp_path / "run", engine="processes", workers=1)
