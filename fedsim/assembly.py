@@ -157,10 +157,10 @@ def _strategy(experiment: Experiment, population: Population) -> Strategy:
 
 
 def _sampling(experiment: Experiment, population: Population, made: Strategy) -> Sampling | None:
-    """Who trains in a round; None keeps an object strategy's own choice."""
+    """Who trains in a round; None keeps the choice of a strategy of the user's own."""
     said = experiment.strategy
     sized = said.clients_per_round is not None or said.fraction is not None
-    if said.part.thing is not None and not sized and said.sampling is None:
+    if said.part.own and not sized and said.sampling is None:
         return None
     number = said.clients_per_round
     if not sized:

@@ -262,7 +262,8 @@ class Experiment(Section):
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults filled in, as plain values; what is left out (None) is not there."""
         table = writing.plain(self, self.base)
-        if "clients_per_round" not in table["strategy"] and self.strategy.fraction is None and counted(table):
+        told = self.strategy.part.own or self.strategy.fraction is not None or "clients_per_round" in table["strategy"]
+        if not told and counted(table):  # a strategy of the user's own may choose its clients itself
             trainable = self.data.clients - self.data.held_out_clients
             table["strategy"]["clients_per_round"] = self.strategy.cohort_size(trainable)
         if not self.client.optimizer.own:

@@ -148,6 +148,9 @@ class Simulation:
             bytes_down=len(cohort) * self._bytes_down(),
             train_seconds=sum(chunk["seconds"] for chunk in found.chunks),
         )
+        raised = [event for event in found.events if event.kind == "client_failed"]
+        if number == 1 and len(cohort) and len(raised) == len(cohort):
+            raise RunError(f"round 1: all {len(cohort)} clients raised; client {raised[0].client}: {raised[0].message}")
         self._combine(found, ctx, record)
         self.round = number
         self._staged = {

@@ -169,6 +169,7 @@ class _Job:
     tries: int = 0
     retries: list[str] = field(default_factory=list)
     result: Result | None = None
+    error: RunError | None = None
 
 
 @dataclass(eq=False)
@@ -256,6 +257,8 @@ class Processes(Engine):
         try:
             while place < len(order):
                 job = order[place]
+                if job.error is not None:  # raised in the chunks' order, whichever came first
+                    raise job.error
                 if job.result is not None:
                     yield job.result
                     self._release(job)
@@ -328,11 +331,12 @@ class Processes(Engine):
         job = worker.jobs.popleft()
         assert job.number == number
         worker.begun = time.monotonic()
+        worker.held += 1
         if kind == "raised":
-            raise RunError(f"engine: {rest[0]}\n{rest[1]}")
+            job.error = RunError(f"engine: {rest[0]}\n{rest[1]}")
+            return None
         answer, seconds = rest
         job.result = Result(job.chunk, answer, worker.pid, seconds, retries=tuple(job.retries))
-        worker.held += 1
         return None
 
     def _release(self, job: _Job) -> None:

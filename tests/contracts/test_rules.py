@@ -1,4 +1,4 @@
-"""An own aggregation rule with memory, and own plug-ins with halves and state on both sides."""
+"""An own aggregation rule with memory, a plug-in with halves and state on both sides, and a whole strategy."""
 
 from __future__ import annotations
 
@@ -59,3 +59,20 @@ class TestPluginWithTwoHalves(Contract):
         with sqlite3.connect(result.out / "run.db") as database:
             (kept,) = database.execute("SELECT count(DISTINCT client) FROM client_state").fetchone()
         assert kept == fedsim.load(result.out).clients["client"].nunique()
+
+
+class TestStrategy(Contract):
+    table = {
+        "name": "strategy",
+        "rounds": 8,
+        "data": {"clients": 16},
+        "client": {"epochs": 3},
+        "strategy": {"name": "strategy.py:SlowAndRandom", "share": 0.5},
+        "evaluation": {"every": 4},
+    }
+
+    def test_it_learns(self, result: fedsim.Result) -> None:
+        assert result.metrics["test"]["accuracy"] > 0.6  # chance is 0.1
+
+    def test_its_own_sampling_is_kept(self, result: fedsim.Result) -> None:
+        assert fedsim.load(result.out).clients.groupby("round").size().nunique() > 1
