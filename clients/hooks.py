@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from clients.described import Described
 from clients.updates import Updates
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Variables:
     round: int = 0
 
 
-class Correction:
+class Correction(Described):
     """The base of local corrections (proximal term, control variates, contrastive terms). State is declared, not kept.
 
     Attributes:
@@ -68,9 +69,6 @@ class Correction:
 
     def __hash__(self) -> int:
         return hash(repr(self))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
     @property
     def adds_loss(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from clients.described import Described
 from clients.errors import RunError
 from clients.updates import Updates
 from strategies.context import Context
@@ -16,7 +17,7 @@ State = dict[str, Any]
 _COLUMNS = 1 << 16
 
 
-class Aggregator:
+class Aggregator(Described):
     """The base of every rule. State is returned, never kept on ``self``; the engine checkpoints it.
 
     Attributes:
@@ -43,9 +44,6 @@ class Aggregator:
         weight and each of ``u.sends`` a sum; else ``u`` is the cohort, ordered by client id.
         """
         raise NotImplementedError
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
 @dataclass(frozen=True)

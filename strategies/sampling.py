@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from clients import randomness
+from clients.described import Described
 from clients.errors import RequestError
 from clients.recipe import Count, Positive
 from strategies.context import Context
 
 
-class Sampling:
+class Sampling(Described):
     """The base of every sampler.
 
     Attributes:
@@ -28,9 +29,6 @@ class Sampling:
     def expected(self, clients: int) -> float:
         """The expected cohort, of so many clients. It only serves estimates; who cannot know says all."""
         return clients
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
 def draws(ctx: Context, ids: np.ndarray) -> np.ndarray:

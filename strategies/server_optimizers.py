@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clients.described import Described
 from clients.recipe import NonNegative, Positive
 
 State = dict[str, Any]
 
 
-class ServerOptimizer:
+class ServerOptimizer(Described):
     """The base of every server optimiser. State is returned, never kept on ``self``."""
 
     def init(self, row: Tensor) -> State:
@@ -31,9 +32,6 @@ class ServerOptimizer:
     def step(self, row: Tensor, update: Tensor, state: State) -> tuple[Tensor, State]:
         """New weights ``[d]`` and state from weights, update and state; the arguments stay as they are."""
         raise NotImplementedError
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
 @dataclass(frozen=True)
