@@ -307,9 +307,9 @@ def _functions(kind: Kind, module: Module) -> list[Entry]:
     found = []
     for node in module.functions():
         public = not node.name.startswith("_") and node.returns is not None
-        if public and reading.last_name(node.returns) == kind.returns:  # type: ignore[arg-type]
+        if public and reading.last_name(node.returns) in kind.returns:  # type: ignore[arg-type]
             entry = _entry(kind, module, node, node.name)
-            if not kind.first or next(iter(entry.signature.parameters), "") == kind.first:
+            if not kind.first or next(iter(entry.signature.parameters), "") in kind.first:
                 found.append(entry)
     return found
 

@@ -1,6 +1,7 @@
 """How the server's first weights are drawn, by name. Every client starts from them.
 
-Each function fills one weight tensor in place and returns it. ``fan_in`` and ``fan_out`` are those of the layer's true
+A function whose first argument is ``weight`` fills one layer's weight in place and returns it; one whose first argument
+is ``model`` fills the whole model. ``fan_in`` and ``fan_out`` are those of the layer's true
 connections: inputs that reach one output, and outputs that one input reaches (torch's own are wrong for grouped and
 transposed convolutions). Variances: Glorot and Bengio 2010, ``2 / (fan_in + fan_out)``; He et al. 2015, ``2 / fan_in``;
 LeCun et al. 1998, ``1 / fan_in``. Uniform draws have the same variance, so their limit is ``sqrt(3 variance)``.
@@ -8,9 +9,13 @@ LeCun et al. 1998, ``1 / fan_in``. Uniform draws have the same variance, so thei
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -19,29 +24,51 @@ from torch.nn.modules.conv import _ConvNd
 
 from clients import randomness
 from clients.catalog import build_function
+from clients.errors import RequestError, nearest
 from clients.parts import Part
+from clients.recipe import NonNegative, Positive
+from clients.weight_files import load_weights
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
-def xavier_uniform(weight: Tensor, fan_in: int, fan_out: int, generator: Generator) -> Tensor:
-    """Uniform, variance 2 / (fan_in + fan_out)."""
-    return _uniform(weight, 2 / (fan_in + fan_out), generator)
+Mode = Literal["fan_in", "fan_out"]
 
 
-def xavier_normal(weight: Tensor, fan_in: int, fan_out: int, generator: Generator) -> Tensor:
-    """Normal, variance 2 / (fan_in + fan_out)."""
-    return _normal(weight, 2 / (fan_in + fan_out), generator)
+def xavier_uniform(weight: Tensor, fan_in: int, fan_out: int, generator: Generator, *, gain: Positive = 1.0) -> Tensor:
+    """Uniform, variance 2 gain^2 / (fan_in + fan_out)."""
+    return _uniform(weight, 2 * gain**2 / (fan_in + fan_out), generator)
 
 
-def he_uniform(weight: Tensor, fan_in: int, fan_out: int, generator: Generator) -> Tensor:
-    """Uniform, variance 2 / fan_in."""
-    return _uniform(weight, 2 / fan_in, generator)
+def xavier_normal(weight: Tensor, fan_in: int, fan_out: int, generator: Generator, *, gain: Positive = 1.0) -> Tensor:
+    """Normal, variance 2 gain^2 / (fan_in + fan_out)."""
+    return _normal(weight, 2 * gain**2 / (fan_in + fan_out), generator)
 
 
-def he_normal(weight: Tensor, fan_in: int, fan_out: int, generator: Generator) -> Tensor:
-    """Normal, variance 2 / fan_in."""
-    return _normal(weight, 2 / fan_in, generator)
+def he_uniform(
+    weight: Tensor,
+    fan_in: int,
+    fan_out: int,
+    generator: Generator,
+    *,
+    slope: NonNegative = 0.0,
+    mode: Mode = "fan_in",
+) -> Tensor:
+    """Uniform, variance 2 / ((1 + slope^2) fan), for a (leaky) ReLU."""
+    return _uniform(weight, _he(fan_in, fan_out, slope, mode), generator)
+
+
+def he_normal(
+    weight: Tensor,
+    fan_in: int,
+    fan_out: int,
+    generator: Generator,
+    *,
+    slope: NonNegative = 0.0,
+    mode: Mode = "fan_in",
+) -> Tensor:
+    """Normal, variance 2 / ((1 + slope^2) fan), for a (leaky) ReLU."""
+    return _normal(weight, _he(fan_in, fan_out, slope, mode), generator)
 
 
 def lecun_uniform(weight: Tensor, fan_in: int, fan_out: int, generator: Generator) -> Tensor:
@@ -74,6 +101,15 @@ def default(weight: Tensor, fan_in: int, fan_out: int, generator: Generator) -> 
     return weight
 
 
+def file(model: nn.Module, generator: Generator, *, path: Path, base: Path | None = None) -> nn.Module:
+    """The weights of a file: safetensors, a PyTorch state dict, or an earlier run (its folder, or a checkpoint)."""
+    return load_weights(model, (base or Path()) / path)
+
+
+def _he(fan_in: int, fan_out: int, slope: float, mode: Mode) -> float:
+    return 2 / ((1 + slope**2) * (fan_in if mode == "fan_in" else fan_out))
+
+
 def _uniform(weight: Tensor, variance: float, generator: Generator) -> Tensor:
     limit = math.sqrt(3 * variance)
     return weight.uniform_(-limit, limit, generator=generator)
@@ -84,11 +120,13 @@ def _normal(weight: Tensor, variance: float, generator: Generator) -> Tensor:
 
 
 def fans(module: nn.Module) -> tuple[int, int]:
-    """``(fan_in, fan_out)`` of a linear or convolutional layer, groups and transposition taken into account."""
+    """``(fan_in, fan_out)`` of a linear, convolutional or embedding layer, with its groups and transposition."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, nn.Bilinear):
         return module.in1_features * module.in2_features, module.out_features
+    if isinstance(module, nn.Embedding):  # as torch has it: each output has as many inputs as the vector is long
+        return module.embedding_dim, module.num_embeddings
     if isinstance(module, _ConvNd):
         field = math.prod(module.kernel_size)
         return module.in_channels // module.groups * field, module.out_channels // module.groups * field
@@ -101,24 +139,44 @@ def is_weighted(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, name: str | Part, seed: int, base: Path | None = None) -> nn.Module:
+def initialize(
+    model: nn.Module,
+    name: str | Part | None,
+    seed: int,
+    base: Path | None = None,
+    layers: Mapping[str, str | Part] = MappingProxyType({}),
+) -> nn.Module:
     """Draws a model's weights in place, layer by layer, each from its own keyed generator.
 
     Weights of linear and convolutional layers are drawn by ``name``; their biases become 0, norm scales 1 and shifts 0.
     Other layers (embeddings, recurrent layers, attention's packed projection, a user's own) draw anew by their own
-    ``reset_parameters``. ``default`` lets every layer do that.
+    ``reset_parameters``. ``default`` lets every layer do that; ``file`` draws nothing.
 
     Args:
         model: changed in place, and returned.
-        name: an initialisation's name, ``"file.py:function"``, or a :class:`Part` with settings.
+        name: an initialisation's name, ``"file.py:function"``, or a :class:`Part` with settings; None keeps what is.
         seed: the same seed gives the same weights on every platform.
         base: the folder that ``file.py`` in the name is relative to.
+        layers: pattern of layers -> initialisation of their weights instead; of several that match, the last. A pattern
+            is matched against a layer's name and its weight's (``"head"``, ``"head.*"``, ``"conv*"``); linear,
+            convolutional and embedding layers can be named.
 
     Raises:
-        RequestError: for an unknown name or setting.
+        RequestError: for an unknown name or setting, and for a pattern that matches no layer.
     """
-    part = Part.of(name)
+    if name is not None:
+        _initialize(model, Part.of(name), seed, base)
+    for pattern, part in layers.items():
+        _initialize_layers(model, pattern, Part.of(part), seed, base)
+    return model
+
+
+def _initialize(model: nn.Module, part: Part, seed: int, base: Path | None) -> None:
     fill = build_function(part, "initializations", base, key="client.initialization")
+    if next(iter(inspect.signature(fill).parameters), "") == "model":
+        offered = {"base": base} if "base" in inspect.signature(fill).parameters else {}
+        fill(model, randomness.generator(seed, "initialization"), **offered)
+        return
     plain = not part.own and part.name.lower() == "default"
     for place, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -136,7 +194,27 @@ def initialize(model: nn.Module, name: str | Part, seed: int, base: Path | None 
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(randomness.key(seed, f"initialization/{place}"))
                 (getattr(module, "reset_parameters", None) or module._reset_parameters)()
-    return model
+
+
+def _initialize_layers(model: nn.Module, pattern: str, part: Part, seed: int, base: Path | None) -> None:
+    key = f"client.layer_initialization.{pattern}"
+    able = {place: m for place, m in model.named_modules() if is_weighted(m) or isinstance(m, nn.Embedding)}
+    chosen = [place for place in able if fnmatchcase(place, pattern) or fnmatchcase(f"{place}.weight", pattern)]
+    if not chosen:
+        raise RequestError(
+            f"{key}: matches no layer whose weights can be drawn; the model has {', '.join(able)}"
+            f"{nearest(pattern, list(able))}"
+        )
+    fill = build_function(part, "initializations", base, key=key)
+    if next(iter(inspect.signature(fill).parameters), "") == "model":
+        raise RequestError(f"{key}: {part.name} fills whole models, not layers; give it as client.initialization")
+    for place in chosen:
+        module = able[place]
+        for kind, parameter in module.named_parameters(recurse=False):
+            if kind == "weight":
+                _draw(fill, parameter, fans(module), randomness.generator(seed, f"initialization/{place}"))
+            else:
+                parameter.zero_()
 
 
 def _draw(fill: Callable[..., Tensor], parameter: Tensor, fan: tuple[int, int], generator: Generator) -> None:

@@ -18,8 +18,8 @@ class Kind:
         noun: the singular for messages, e.g. ``"plug-in"``.
         package: the package or module, by its dotted name, whose source is read.
         base: things are the public, concrete classes that descend from a class of this name;
-        returns: or the public functions whose return annotation is this name.
-        first: the first argument of such a function, where its result alone does not tell it from helpers.
+        returns: or the public functions whose return annotation is one of these names.
+        first: the first argument of such a function is one of these, where its result does not tell it from helpers.
         offered: arguments that whoever builds the thing passes where its signature asks for them; no settings.
         also: names that stand for no thing of their own, e.g. ``"auto"``; lower case.
         entry_points: the entry-point group in which published packages add theirs.
@@ -29,8 +29,8 @@ class Kind:
     noun: str
     package: str
     base: str | None = None
-    returns: str | None = None
-    first: str = ""
+    returns: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
     offered: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     entry_points: str | None = None
@@ -56,9 +56,10 @@ declare(
         "initializations",
         "initialisation",
         "clients.initialization",
-        returns="Tensor",
-        first="weight",
-        offered=("weight", "fan_in", "fan_out", "generator"),
+        returns=("Tensor", "Module"),
+        first=("weight", "model"),
+        offered=("weight", "fan_in", "fan_out", "model", "generator", "base"),
     ),
+    Kind("schedules", "schedule", "clients", base="Schedule"),
     Kind("local_trainings", "local training", "clients", base="LocalTraining"),
 )

@@ -5,15 +5,15 @@ from __future__ import annotations
 from clients.kinds import Kind, declare
 
 declare(
-    Kind("sources", "source", "fedsim.data", returns="Source", offered=("seed", "base")),
+    Kind("sources", "source", "fedsim.data", returns=("Source",), offered=("seed", "base")),
     Kind(
         "partitions",
         "partition",
         "fedsim.data",
-        returns="Partition",
-        first="labels",
+        returns=("Partition",),
+        first=("labels",),
         offered=("labels", "clients", "generator", "ids"),
     ),
-    Kind("models", "model", "fedsim.models", returns="Module", offered=("input_shape", "classes")),
+    Kind("models", "model", "fedsim.models", returns=("Module",), offered=("input_shape", "classes")),
     Kind("engines", "engine", "fedsim.engines", base="Engine", offered=("workers", "client_timeout"), also=("auto",)),
 )

@@ -1,0 +1,94 @@
+"""Weights from files that others or earlier runs wrote. Nothing in them is ever executed."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from clients.errors import RequestError, nearest
+
+KEY = "client.initialization"
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, path: Path, key: str = KEY) -> nn.Module:
+    """Puts a file's weights into a model, in place.
+
+    Args:
+        model: every parameter must be in the file with its shape; buffers are loaded where they are there.
+        path: a safetensors file, a PyTorch state dict (``weights_only``), a checkpoint of a run, or a run's folder.
+        key: what to call the file in messages.
+
+    Raises:
+        RequestError: with a line for each key that is missing, unknown, of another shape or not finite.
+    """
+    path = _newest_checkpoint(path, key) if path.is_dir() else path
+    found = _read(path, key)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    wanted = {**parameters, **buffers}
+    aliases = {name: {n for n, p in parameters.items() if p is parameters[name]} for name in parameters}
+    problems = [
+        f"{key}: {path} has no {name!r}{nearest(name, list(found))}"
+        for name in dict(model.named_parameters())
+        if not aliases[name] & set(found)
+    ]
+    for name, tensor in found.items():
+        if name not in wanted:
+            problems.append(f"{key}: {path} has {name!r}, which the model has not{nearest(name, list(wanted))}")
+        elif tensor.shape != wanted[name].shape:
+            theirs, mine = list(tensor.shape), list(wanted[name].shape)
+            problems.append(f"{key}: {name!r} has shape {theirs} in {path} where the model has {mine}")
+        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            problems.append(f"{key}: {name!r} holds NaN or infinite values in {path}")
+    if problems:
+        raise RequestError(problems)
+    for name, tensor in found.items():
+        wanted[name].copy_(tensor)
+    return model
+
+
+def _newest_checkpoint(folder: Path, key: str) -> Path:
+    files = sorted((folder / "checkpoints").glob("round-*.safetensors"))
+    if not files:
+        raise RequestError(f"{key}: {folder} is a folder without a run's checkpoints; give a file or a run's folder")
+    return files[-1]
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise RequestError(f"{key}: {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return _unpacked(path, load_file(path))
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise RequestError(
+            f"{key}: {path} holds more than tensors, and loading it could run any code; save model.state_dict()"
+        ) from None
+    except (safetensors.SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise RequestError(f"{key}: {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    tensors = isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values())
+    if not tensors or not found:
+        inside = [name for name, value in found.items() if isinstance(value, dict)] if isinstance(found, dict) else []
+        hint = f" (one may be inside, under {', '.join(map(repr, inside))})" if inside else ""
+        raise RequestError(f"{key}: {path} is no state dict{hint}; save model.state_dict(), name to tensor")
+    return found
+
+
+def _unpacked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A run's checkpoint has the weights in one row, and their names and shapes in its header."""
+    with safetensors.safe_open(path, "pt") as file:
+        layout = (file.metadata() or {}).get("layout")
+    if layout is None or "row" not in tensors:
+        return tensors
+    shapes: dict[str, list[int]] = json.loads(layout)
+    parts = tensors["row"].split([math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
