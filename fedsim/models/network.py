@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 
@@ -14,9 +16,35 @@ class Network(nn.Sequential):
         return super().forward(x.to(self.head.weight.dtype))
 
 
-def groups(width: int) -> int:
-    """Groups for a group norm: the most, up to 8, that divide ``width`` into equal groups of at least 2.
+class Image(nn.Module):
+    """Inputs ``[B, ...]`` as images ``[B, C, H, W]``."""
 
-    A group of a single unit would always be normalised to zero.
+    def __init__(self, shape: tuple[int, int, int]):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], *self.shape)
+
+    def extra_repr(self) -> str:
+        return "x".join(map(str, self.shape))
+
+
+def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """``(C, H, W)`` of inputs ``[C, H, W]``, ``[H, W]`` (one channel) or a flat square, ``[64]`` for 8x8.
+
+    Raises:
+        ValueError: for inputs that are no images, or images of less than 4x4.
     """
-    return max((count for count in range(2, 9) if width % count == 0 and width // count >= 2), default=1)
+    side = math.isqrt(math.prod(shape))
+    if len(shape) == 1 and side * side == shape[0]:
+        channels, height, width = 1, side, side
+    elif len(shape) == 2:
+        channels, height, width = 1, *shape
+    elif len(shape) == 3:
+        channels, height, width = shape
+    else:
+        raise ValueError(f"inputs of shape {list(shape)} are no images; give [C, H, W], [H, W] or a flat square")
+    if height < 4 or width < 4:
+        raise ValueError(f"images of {height}x{width} are too small; 4x4 is the least, [C, H, W]")
+    return channels, height, width

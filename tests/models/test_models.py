@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fedsim.models
+from clients.errors import RequestError
 from fedsim.models import cnn, logistic, mlp
 
 NORMS = ["none", "batch", "group", "layer"]
@@ -98,8 +99,31 @@ def test_inputs_that_are_no_images_are_refused(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("build", [mlp, cnn])
 def test_an_unknown_norm_is_refused(build: Any) -> None:
-    with pytest.raises(ValueError, match="allowed are none, batch, group, layer"):
+    with pytest.raises(RequestError, match="allowed are none, batch, group, layer"):
         build(input_shape=(64,), classes=10, norm="bacth")
+
+
+def test_dropout_stands_after_each_hidden_layer_and_before_the_logits_of_cnn() -> None:
+    def names(model: nn.Module) -> list[str]:
+        return [name for name, _ in model.named_children()]
+
+    assert names(mlp(input_shape=(64,), classes=10, hidden=[8, 4], norm="batch", dropout=0.5)) == [
+        "flatten", "hidden1", "norm1", "relu1", "dropout1", "hidden2", "norm2", "relu2", "dropout2", "head",
+    ]  # fmt: skip
+    assert names(cnn(input_shape=(64,), classes=10, dropout=0.5))[-4:] == ["hidden", "relu", "dropout", "head"]
+    for build in (mlp, cnn):
+        rates = [
+            layer.p for layer in build(input_shape=(64,), classes=10, dropout=0.25) if isinstance(layer, nn.Dropout)
+        ]
+        assert rates == [0.25]
+
+
+@pytest.mark.parametrize("build", [mlp, cnn])
+def test_without_dropout_there_is_no_layer_for_it(build: Any) -> None:
+    model = build(input_shape=(64,), classes=10, norm="batch", dropout=0.0)
+    assert not any(isinstance(layer, nn.Dropout) for layer in model.modules())
+    dropping = build(input_shape=(64,), classes=10, norm="batch", dropout=0.5)
+    assert list(dropping.state_dict()) == list(model.state_dict())
 
 
 def test_a_model_is_not_hidden_by_the_file_of_its_name() -> None:
