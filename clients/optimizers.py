@@ -13,6 +13,7 @@ from torch import Tensor
 from clients.recipe import NonNegative, Positive
 
 State = dict[str, Tensor]
+Rate = float | Tensor
 
 
 class Optimizer:
@@ -24,17 +25,44 @@ class Optimizer:
         """Zeros like ``rows`` ``[k, d]`` for each name in ``state``."""
         return {name: torch.zeros_like(rows) for name in self.state}
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: float, step: int) -> None:
-        """One step in place; ``step`` counts from 0; ``grads`` may be overwritten."""
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
+        """One step in place; ``grads`` may be overwritten.
+
+        ``lr``, and ``step`` that counts from 0, are numbers, or ``[k, 1]`` where clients differ: under a schedule over
+        local steps, and where moments are kept between rounds.
+        """
         raise NotImplementedError
+
+
+def _descend(rows: Tensor, direction: Tensor, lr: Rate) -> None:
+    """w <- w - lr direction, in place."""
+    if isinstance(lr, Tensor):
+        rows.addcmul_(direction, lr, value=-1)
+    else:
+        rows.add_(direction, alpha=-lr)
+
+
+def _descend_by_ratio(rows: Tensor, above: Tensor, below: Tensor, lr: Rate) -> None:
+    """w <- w - lr above / below, in place."""
+    if isinstance(lr, Tensor):
+        rows.addcmul_(above / below, lr, value=-1)
+    else:
+        rows.addcdiv_(above, below, value=-lr)
+
+
+def _unbiased(decay: float, step: int | Tensor, dtype: torch.dtype) -> Rate:
+    """1 - decay^t at step t = step + 1, in float64 whatever the rows' dtype: it is a small difference at first."""
+    if isinstance(step, Tensor):
+        return (1 - decay ** (step.double() + 1)).to(dtype)
+    return 1 - decay ** (step + 1)
 
 
 @dataclass(frozen=True)
 class Sgd(Optimizer):
     """w <- w - lr g."""
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: float, step: int) -> None:
-        rows.add_(grads, alpha=-lr)
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
+        _descend(rows, grads, lr)
 
 
 @dataclass(frozen=True)
@@ -44,8 +72,8 @@ class Momentum(Optimizer):
     momentum: NonNegative = 0.9
     state = ("m",)
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: float, step: int) -> None:
-        rows.add_(state["m"].mul_(self.momentum).add_(grads), alpha=-lr)
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
+        _descend(rows, state["m"].mul_(self.momentum).add_(grads), lr)
 
 
 @dataclass(frozen=True)
@@ -55,9 +83,9 @@ class Nesterov(Optimizer):
     momentum: NonNegative = 0.9
     state = ("m",)
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: float, step: int) -> None:
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
         m = state["m"].mul_(self.momentum).add_(grads)
-        rows.add_(grads.add_(m, alpha=self.momentum), alpha=-lr)
+        _descend(rows, grads.add_(m, alpha=self.momentum), lr)
 
 
 @dataclass(frozen=True)
@@ -69,12 +97,11 @@ class Adam(Optimizer):
     eps: Positive = 1e-8
     state = ("m", "v")
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: float, step: int) -> None:
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
         m = state["m"].lerp_(grads, 1 - self.b1)
         v = state["v"].mul_(self.b2).addcmul_(grads, grads, value=1 - self.b2)
-        t = step + 1
-        scale = v.sqrt().mul_((1 - self.b2**t) ** -0.5).add_(self.eps)
-        rows.addcdiv_(m, scale, value=-lr / (1 - self.b1**t))
+        scale = v.sqrt().mul_(_unbiased(self.b2, step, rows.dtype) ** -0.5).add_(self.eps)
+        _descend_by_ratio(rows, m, scale, lr / _unbiased(self.b1, step, rows.dtype))
 
 
 @dataclass(frozen=True)
@@ -83,7 +110,7 @@ class AdamW(Adam):
 
     weight_decay: NonNegative = 0.01
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: float, step: int) -> None:
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
         rows.mul_(1 - lr * self.weight_decay)
         super().step(rows, grads, state, lr, step)
 
@@ -96,9 +123,9 @@ class RMSprop(Optimizer):
     eps: Positive = 1e-8
     state = ("v",)
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: float, step: int) -> None:
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
         v = state["v"].mul_(self.alpha).addcmul_(grads, grads, value=1 - self.alpha)
-        rows.addcdiv_(grads, v.sqrt().add_(self.eps), value=-lr)
+        _descend_by_ratio(rows, grads, v.sqrt().add_(self.eps), lr)
 
 
 @dataclass(frozen=True)
@@ -108,6 +135,6 @@ class Adagrad(Optimizer):
     eps: Positive = 1e-10
     state = ("v",)
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: float, step: int) -> None:
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
         v = state["v"].addcmul_(grads, grads)
-        rows.addcdiv_(grads, v.sqrt().add_(self.eps), value=-lr)
+        _descend_by_ratio(rows, grads, v.sqrt().add_(self.eps), lr)

@@ -1,4 +1,4 @@
-"""Averaging: FedAvg, and FedAvg with momentum on the server."""
+"""Averaging: FedAvg, with momentum on the server, and with a proximal term on the clients."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from clients.recipe import NonNegative, Positive
 from strategies.aggregation import Mean
+from strategies.corrections import Prox
 from strategies.server_optimizers import SGD
 from strategies.strategy import Strategy
 
@@ -20,6 +21,21 @@ class FedAvg(Strategy):
 
     def __init__(self, weighting: Literal["examples", "uniform"] = "examples", **parts: Any):
         super().__init__(**{"aggregator": Mean(weighting), **parts})
+
+
+class FedProx(Strategy):
+    """FedAvg of clients that each minimise F_k(w) + mu/2 ||w - w_t||^2 (Li et al. 2020), see :class:`Prox`.
+
+    Clients that do less work than others are kept, as in the paper; ``client.stragglers = "drop"`` leaves them out.
+
+    Args:
+        mu: 0 is FedAvg, to the bit.
+        weighting: ``examples`` weighs clients by their training examples, ``uniform`` counts them alike.
+        **parts: other parts of the composition, see :class:`Strategy`.
+    """
+
+    def __init__(self, mu: NonNegative = 0.01, weighting: Literal["examples", "uniform"] = "examples", **parts: Any):
+        super().__init__(**{"correction": Prox(mu), "aggregator": Mean(weighting), **parts})
 
 
 class FedAvgM(Strategy):
