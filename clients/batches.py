@@ -75,9 +75,18 @@ class Schedule:
 
 
 def schedule(
-    done: Work, members: list[np.ndarray], clients: np.ndarray, batch_size: int, seed: int, round: int
+    done: Work,
+    members: list[np.ndarray],
+    clients: np.ndarray,
+    batch_size: int,
+    seed: int,
+    round: int,
+    poisson: bool = False,
 ) -> Schedule:
     """Shuffles every client's examples anew each epoch and cuts them into batches.
+
+    Or, with ``poisson``, puts each example into each batch independently, with the chance ``batch_size`` over the
+    client's examples (at most 1), as amplified privacy needs it; batches may then be empty.
 
     Args:
         done: the clients' work, sorted by steps, most first.
@@ -86,7 +95,10 @@ def schedule(
         batch_size: examples a step.
         seed: the experiment's seed.
         round: the round.
+        poisson: whether batches are drawn by chance.
     """
+    if poisson:
+        return _by_chance(done, members, clients, batch_size, seed, round)
     total, width = int(done.steps.max(initial=0)), int(min(batch_size, done.examples.max(initial=1)))
     k, longest = len(clients), int(done.examples.max(initial=0))
     steps = np.arange(total)
@@ -110,5 +122,32 @@ def schedule(
     return Schedule(
         index=torch.from_numpy(pool[rows, picked]),
         count=torch.from_numpy(real.sum(axis=2)),
+        active=(steps[:, None] < done.steps).sum(axis=1).tolist(),
+    )
+
+
+def _by_chance(
+    done: Work, members: list[np.ndarray], clients: np.ndarray, batch_size: int, seed: int, round: int
+) -> Schedule:
+    """Poisson batches: those of a client are a function of its id, its number of examples and the round alone."""
+    total, longest = int(done.steps.max(initial=0)), int(done.examples.max(initial=1))
+    steps = np.arange(total)
+    base = randomness.keys(seed, "poisson batches", round, clients)
+    streams = base[None, :] + steps[:, None].astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
+    draws = randomness.uniforms(streams.reshape(-1), longest).reshape(total, len(clients), longest)
+    chance = np.minimum(1.0, batch_size / np.maximum(done.examples, 1))
+    chosen = (draws < chance[:, None]) & (np.arange(longest) < done.examples[:, None])
+    chosen &= (steps[:, None] < done.steps)[:, :, None]
+    count = chosen.sum(axis=2)
+    width = max(1, int(count.max(initial=1)))
+    # The chosen ones first, in their order; what is beyond a batch's count repeats the client's first example.
+    place = np.argsort(~chosen, axis=2, kind="stable")[:, :, :width]
+    place = np.where(np.arange(width) < count[:, :, None], place, 0)
+    pool = np.zeros((len(clients), longest), dtype=np.int64)
+    for i, member in enumerate(members):
+        pool[i, : len(member)] = member
+    return Schedule(
+        index=torch.from_numpy(pool[np.arange(len(clients))[None, :, None], place]),
+        count=torch.from_numpy(count),
         active=(steps[:, None] < done.steps).sum(axis=1).tolist(),
     )

@@ -61,3 +61,23 @@ def test_steps_instead_of_epochs_and_uneven_work():
     assert abs(drawn.mean() - 10) < 0.4  # standard error 0.1
     again = work(Recipe(epochs={"uniform": (1, 19)}), np.full(3000, 10), many, 0, 2).steps
     assert (again != drawn).mean() > 0.9  # drawn anew each round
+
+
+def test_poisson_batches_hold_every_example_by_chance_and_independently_of_the_stack():
+    sizes = np.array([50, 8, 30])
+    clients = np.array([4, 9, 2])
+    recipe = Recipe(batch_size=10, steps=400)
+    done = work(recipe, sizes, clients, seed=0, round=1)
+    members = [np.arange(100, 150), np.arange(8), np.arange(200, 230)]
+    plan = schedule(done, members, clients, 10, 0, 1, poisson=True)
+    for k, (member, chance) in enumerate(zip(members, (0.2, 1.0, 1 / 3), strict=True)):
+        drawn = [set(plan.index[t, k, : plan.count[t, k]].tolist()) for t in range(400)]
+        assert all(len(batch) == int(plan.count[t, k]) for t, batch in enumerate(drawn))
+        counts = np.array([sum(example in batch for batch in drawn) for example in member.tolist()])
+        # Each count is binomial; the bound is five standard deviations.
+        assert (abs(counts - 400 * chance) <= 5 * np.sqrt(400 * chance * (1 - chance)) + 1e-9).all()
+        alone = schedule(work(recipe, sizes[[k]], clients[[k]], 0, 1), [member], clients[[k]], 10, 0, 1, poisson=True)
+        assert [set(alone.index[t, 0, : alone.count[t, 0]].tolist()) for t in range(400)] == drawn
+    # Two examples of a client are in a batch together as often as chance has it.
+    together = sum({100, 101} <= set(plan.index[t, 0, : plan.count[t, 0]].tolist()) for t in range(400))
+    assert abs(together - 400 * 0.04) < 5 * np.sqrt(400 * 0.04)
