@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from clients.errors import RunError
+from clients.examples import Examples, in_precision
 from clients.normalization import batch_norms, batch_statistics, recalibrate
 from clients.objective import TaskModule
+from clients.statistics import Statistics
 from clients.task import Batch, Task, loss_and_weights
-from clients.training import Examples, in_precision
 from clients.weights import Layout
 
 Total = dict[str, Tensor]
+
+
+BatchNorm = Literal["recalibrate", "batch", "shared", "clients", "clients_stored"]
 
 
 class Evaluator:
@@ -27,8 +31,10 @@ class Evaluator:
         task: gives loss and statistics.
         layout: where rows go.
         batch_size: examples a forward pass.
-        batch_norm: ``recalibrate`` estimates statistics on the proxy inputs whenever weights are loaded, ``batch``
-            normalises by each evaluation batch (transductive).
+        batch_norm: where batch norm's statistics come from, whenever weights are loaded. ``recalibrate`` estimates them
+            on the proxy inputs, ``batch`` normalises by each evaluated batch (transductive), ``shared`` takes those
+            that clients sent, ``clients`` and ``clients_stored`` have none but a client's own.
+        statistics: how running statistics stand in a row.
         proxy: the proxy split's inputs in batches, for ``recalibrate``.
     """
 
@@ -38,20 +44,48 @@ class Evaluator:
         task: Task,
         layout: Layout,
         batch_size: int,
-        batch_norm: Literal["recalibrate", "batch"] = "recalibrate",
+        batch_norm: BatchNorm = "recalibrate",
+        statistics: Statistics | None = None,
         proxy: Callable[[], Iterable[Batch]] | None = None,
     ):
         self.model = copy.deepcopy(model).eval()
         self.module = TaskModule(self.model, task).eval()
         self.task, self.layout, self.batch_size = task, layout, batch_size
-        self.batch_norm, self.proxy = batch_norm, proxy
+        self.batch_norm, self.statistics, self.proxy = batch_norm, statistics, proxy
+        self.normalizes = bool(batch_norms(self.model))
 
-    def load(self, row: Tensor, layout: Layout | None = None) -> None:
-        """Puts weights ``[d]`` in place and, where the model has batch norm, its statistics in order."""
+    def load(
+        self,
+        row: Tensor,
+        layout: Layout | None = None,
+        *,
+        statistics: Tensor | None = None,
+        inputs: Iterable[Batch] | None = None,
+    ) -> None:
+        """Puts weights ``[d]`` in place and, where the model has batch norm, its statistics in order.
+
+        Args:
+            row: the weights.
+            layout: their layout, where it is not the shared one.
+            statistics: running statistics ``[2 c]`` to judge by.
+            inputs: batches to estimate the statistics on, where there are none.
+
+        Raises:
+            RunError: where batch norm would be left with the statistics that it was made with.
+        """
         (layout or self.layout).load(self.model, row)
-        if batch_norms(self.model) and self.batch_norm == "recalibrate":
-            dtype = self.layout.dtype
-            recalibrate(self.module, (in_precision(dict(batch), dtype) for batch in (self.proxy or list)()))
+        if not self.normalizes or self.batch_norm == "batch":
+            return
+        if statistics is not None and self.statistics is not None:
+            self.statistics.load(self.model, statistics)
+        elif inputs is not None or self.batch_norm == "recalibrate":
+            batches = (self.proxy or list)() if inputs is None else inputs
+            recalibrate(self.module, (in_precision(dict(batch), self.layout.dtype) for batch in batches))
+        else:
+            raise RunError(
+                f"evaluation.batch_norm: {self.batch_norm!r} has no statistics for these weights; those that batch norm"
+                " is made with (mean 0, variance 1) would give a number without meaning"
+            )
 
     @torch.no_grad()
     def totals(self, examples: Examples, index: Tensor) -> Total:

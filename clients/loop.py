@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from clients.hooks import Variables
-from clients.objective import Objective
+from clients.objective import Buffers, Objective
 from clients.task import Batch
 
 
@@ -31,8 +32,17 @@ class LoopExecutor:
         }
         for name in self.copied:
             self.parameters[name].data = self._arrange(self.parameters[name].data.clone())
+        self.modules = dict(objective.module.model.named_modules())
 
-    def gradients(self, rows: Tensor, grads: Tensor, batch: Batch, mask: Tensor | None, v: Variables) -> Tensor:
+    def gradients(
+        self,
+        rows: Tensor,
+        grads: Tensor,
+        batch: Batch,
+        mask: Tensor | None,
+        v: Variables,
+        statistics: Buffers = MappingProxyType({}),
+    ) -> Tensor:
         for slot in self.layout:
             parameter, view = self.parameters[slot.name], rows[0, slot.slice].view(slot.shape)
             parameter.grad = None
@@ -40,6 +50,9 @@ class LoopExecutor:
                 parameter.data.copy_(view)
             else:
                 parameter.data = view
+        for buffer_name, buffer in statistics.items():
+            module, _, last = buffer_name.rpartition(".")
+            setattr(self.modules[module], last, buffer[0])
         one = {name: self._arrange(column[0]) for name, column in batch.items()}
         here = replace(v, client={name: value[0] for name, value in v.client.items()}) if v.client else v
         with torch.enable_grad():
@@ -47,7 +60,10 @@ class LoopExecutor:
             loss.backward()
         for slot in self.layout:
             place, gradient = grads[0, slot.slice].view(slot.shape), self.parameters[slot.name].grad
-            place.zero_() if gradient is None else place.copy_(gradient)
+            if gradient is None:
+                place.zero_()
+            else:
+                place.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
         return reported.reshape(1)
 
     def _arrange(self, column: Tensor) -> Tensor:

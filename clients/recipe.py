@@ -12,6 +12,7 @@ from clients.parts import Part
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
 
 #: The learning rate when none is given; an optimiser of the user's own must be given one.
 DEFAULT_LR = {
@@ -43,14 +44,74 @@ class Uneven(Settings):
         return self
 
 
+class ElasticNet(Settings):
+    """``l1 |w| + l2/2 w^2`` by its proximal map, ``soft(w, lr l1) / (1 + lr l2)`` (Zou and Hastie 2005)."""
+
+    l1: NonNegative = 0.0
+    l2: NonNegative = 0.0
+
+
 class Regularization(Settings):
-    """Penalties on local training. They are never part of the reported loss.
+    """What holds local training back. Any of these compose; none of them is part of the reported loss.
 
     Attributes:
+        l1: lambda in ``lambda ||w||_1``, by its proximal map after each step: exact zeros.
         l2: lambda in ``lambda/2 ||w||^2``; its gradient ``lambda w`` is added before the optimiser (coupled decay).
+        weight_decay: decoupled decay, ``w <- w - lr weight_decay w`` before the optimiser's step (AdamW's, for any).
+        elastic_net: see :class:`ElasticNet`.
+        group_lasso: lambda in ``lambda sum_g sqrt(|g|) ||w_g||`` by its proximal map; a group is an output channel's
+            weights (Yuan and Lin 2006).
+        proximal: mu in ``mu/2 ||w - w_global||^2`` (FedProx's term), over all shared weights.
+        dropout: rate of every dropout layer of the model; left out, the model's own.
+        label_smoothing: share of a label's mass that is spread over all classes, in training only.
+        penalize_biases: whether l1, l2, weight_decay and elastic_net fall on biases too.
+        penalize_norms: whether they fall on the scales and shifts of norm layers too.
     """
 
+    l1: NonNegative = 0.0
     l2: NonNegative = 0.0
+    weight_decay: NonNegative = 0.0
+    elastic_net: ElasticNet = ElasticNet()
+    group_lasso: NonNegative = 0.0
+    proximal: NonNegative = 0.0
+    dropout: Rate | None = None
+    label_smoothing: Rate = 0.0
+    penalize_biases: bool = True
+    penalize_norms: bool = True
+
+
+class DpSgd(Settings):
+    """Example-level differential privacy on the client (Abadi et al. 2016), through Opacus.
+
+    Each example's gradient is clipped, noise is added to their sum, and the client's own accountant says what was
+    spent. The guarantee is the client's alone (it holds against the server) and covers the weights that it sends.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise over ``max_grad_norm``; 0 adds none and gives no privacy.
+        max_grad_norm: Euclidean norm that each example's gradient is clipped to.
+        delta: of (epsilon, delta); below 1 / (the client's examples) to mean anything.
+        accountant: ``rdp`` (Mironov 2017) or ``prv`` (Gopi et al. 2021: tighter, slower).
+        sampling: ``poisson`` draws every example into every batch by chance and earns amplification; ``shuffle`` cuts
+            shuffled examples into batches and earns none.
+    """
+
+    noise_multiplier: NonNegative
+    max_grad_norm: Positive = 1.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    accountant: Literal["rdp", "prv"] = "rdp"
+    sampling: Literal["poisson", "shuffle"] = "poisson"
+
+
+class EarlyStopping(Settings):
+    """A client stops when its own validation loss stops falling, and sends the best weights that it had.
+
+    Attributes:
+        patience: epochs without improvement before it stops.
+        min_improvement: how much lower a loss must be to count as better.
+    """
+
+    patience: Count = 1
+    min_improvement: NonNegative = 0.0
 
 
 class Recipe(Settings):
@@ -58,33 +119,47 @@ class Recipe(Settings):
 
     Attributes:
         initialization: how the server's first weights are drawn; every client starts from the server's.
-        optimizer: ``sgd``, ``momentum``, ``nesterov``, ``adam``, ``adamw``, ``rmsprop``, ``adagrad`` or an own one; its
-            state starts anew every round.
+        layer_initialization: pattern of layer names -> initialisation of those layers' weights instead.
+        optimizer: ``sgd``, ``momentum``, ``nesterov``, ``adam``, ``adamw``, ``rmsprop``, ``adagrad`` or an own one.
+        optimizer_state: whether its moments start anew every round (``reset``) or stay with the client (``keep``).
         lr: local learning rate; left out, the optimiser's default (:data:`DEFAULT_LR`).
+        schedule: factor on ``lr`` by round: ``constant``, ``step``, ``cosine``, ``warmup``.
+        step_schedule: the same by local step, over the client's own steps of the round; the factors multiply.
         batch_size: examples a local step; the last batch of an epoch may be short.
         epochs: passes over the client's examples a round, a number or ``{uniform = [low, high]}``.
         steps: local steps a round instead of epochs.
         stragglers: whether a client that drew less work than the most is kept (``keep``) or left out (``drop``).
+        early_stopping: see :class:`EarlyStopping`.
         regularization: see :class:`Regularization`.
-        batch_norm: what of batch norm leaves a client: ``share_affine`` sends scale and shift, statistics stay local.
+        gradient_clip: largest Euclidean norm of a client's gradient of the loss, before penalties are added.
+        dp_sgd: see :class:`DpSgd`.
+        batch_norm: what of batch norm leaves a client. ``share_affine``: scale and shift, statistics stay local;
+            ``local``: nothing (FedBN, Li et al. 2021); ``share_all``: statistics too.
         personal: patterns of parameter names (``"head.*"``) that stay on the client and are kept between rounds.
         local_training: a :class:`clients.hooks.LocalTraining` of the user's own that replaces the loop.
-        precision: dtype of the rows and of training.
+        precision: dtype of the rows and of training; ``bfloat16`` keeps float32 rows and runs the model under autocast.
         execution: ``stacked`` trains many clients at once, ``loop`` one after another; ``auto`` decides and says why.
     """
 
     initialization: Part = Part("he_normal")
+    layer_initialization: dict[str, Part] = {}
     optimizer: Part = Part("sgd")
+    optimizer_state: Literal["reset", "keep"] = "reset"
     lr: Positive | None = None
+    schedule: Part = Part("constant")
+    step_schedule: Part = Part("constant")
     batch_size: Count = 10
     epochs: Count | Uneven = 5
     steps: Count | Uneven | None = None
     stragglers: Literal["keep", "drop"] = "keep"
+    early_stopping: EarlyStopping | None = None
     regularization: Regularization = Regularization()
-    batch_norm: Literal["share_affine"] = "share_affine"
+    gradient_clip: Positive | None = None
+    dp_sgd: DpSgd | None = None
+    batch_norm: Literal["share_affine", "local", "share_all"] = "share_affine"
     personal: Annotated[tuple[str, ...], Strict(False)] = ()
     local_training: Part | None = None
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"
     execution: Literal["auto", "stacked", "loop"] = "auto"
 
     @model_validator(mode="after")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clients.hooks import Variables
-from clients.objective import Objective
+from clients.objective import Buffers, Objective
 from clients.task import Batch
 from clients.weights import Layout
 
@@ -26,20 +28,33 @@ class StackedExecutor:
         self.layout = objective.layout.all
         self._leaves = self._places = _Views()
 
-    def gradients(self, rows: Tensor, grads: Tensor, batch: Batch, mask: Tensor | None, v: Variables) -> Tensor:
+    def gradients(
+        self,
+        rows: Tensor,
+        grads: Tensor,
+        batch: Batch,
+        mask: Tensor | None,
+        v: Variables,
+        statistics: Buffers = MappingProxyType({}),
+    ) -> Tensor:
         leaves = self._leaves = self._leaves.of(rows, self.layout, requires_grad=True)
         places = self._places = self._places.of(grads, self.layout)
 
         def one(
-            leaf: Mapping[str, Tensor], columns: Batch, real: Tensor | None, client: Mapping[str, Tensor]
+            leaf: Mapping[str, Tensor],
+            buffers: Buffers,
+            columns: Batch,
+            real: Tensor | None,
+            client: Mapping[str, Tensor],
         ) -> tuple[Tensor, Tensor]:
             tensors = {slot.name: leaf[slot.name].to(slot.dtype) for slot in self.layout}
-            outputs = self.objective.module.with_weights(tensors, columns)
+            outputs = self.objective.module.with_weights({**tensors, **buffers}, columns)
             return self.objective(outputs, columns, real, replace(v, client=client))
 
-        with torch.enable_grad():
-            loss, reported = torch.vmap(one, in_dims=(0, 0, None if mask is None else 0, 0), randomness="different")(
-                leaves.tensors, batch, mask, dict(v.client)
+        # vmap has a rule for attention written out, and none for its fused kernel on a CPU.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            loss, reported = torch.vmap(one, (0, 0, 0, None if mask is None else 0, 0), randomness="different")(
+                leaves.tensors, dict(statistics), batch, mask, dict(v.client)
             )
             found = torch.autograd.grad(loss.sum(), list(leaves.tensors.values()), allow_unused=True)
         for place, gradient in zip(places.tensors.values(), found, strict=True):

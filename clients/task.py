@@ -37,6 +37,19 @@ class Task:
         """``[B]`` loss values, or ``([B] values, [B] weights)`` where examples count unequally (padding)."""
         raise NotImplementedError
 
+    def smoothed_loss(self, outputs: Any, batch: Batch, smoothing: float) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss for labels of which the share ``smoothing`` is spread over all classes (Szegedy et al. 2016).
+
+        A task without classes has none; a task that overrides :meth:`loss` overrides this too, or has none.
+        """
+        raise NotImplementedError
+
+    @property
+    def can_smooth(self) -> bool:
+        """Whether :meth:`smoothed_loss` is that of :meth:`loss`, and not of a class that a subclass's loss replaced."""
+        defines = [kind for kind in type(self).__mro__ if "loss" in vars(kind) or "smoothed_loss" in vars(kind)]
+        return defines[0] is not Task and "smoothed_loss" in vars(defines[0])
+
     def statistics(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
         """Per-example statistics ``{name: [B, m]}`` (or ``[B]``); they are summed by client, split and round."""
         return {}
@@ -75,7 +88,10 @@ class Classification(Task):
     higher_is_better = True
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(outputs, batch["y"], reduction="none")
+        return self.smoothed_loss(outputs, batch, 0.0)
+
+    def smoothed_loss(self, outputs: Tensor, batch: Batch, smoothing: float) -> Tensor:
+        return F.cross_entropy(outputs, batch["y"], reduction="none", label_smoothing=smoothing)
 
     def statistics(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         return {"accuracy": (outputs.argmax(-1) == batch["y"]).to(torch.float32)}
@@ -91,7 +107,12 @@ class Multilabel(Task):
     higher_is_better = True
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return self.smoothed_loss(outputs, batch, 0.0)
+
+    def smoothed_loss(self, outputs: Tensor, batch: Batch, smoothing: float) -> Tensor:
         target = batch["y"].to(outputs.dtype)
+        if smoothing:
+            target = target * (1 - smoothing) + smoothing / 2
         return F.binary_cross_entropy_with_logits(outputs, target, reduction="none").mean(-1)
 
     def statistics(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -131,7 +152,11 @@ class Segmentation(Task):
     higher_is_better = True
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return _by_example(F.cross_entropy(outputs, batch["y"], reduction="none")).mean(-1)
+        return self.smoothed_loss(outputs, batch, 0.0)
+
+    def smoothed_loss(self, outputs: Tensor, batch: Batch, smoothing: float) -> Tensor:
+        values = F.cross_entropy(outputs, batch["y"], reduction="none", label_smoothing=smoothing)
+        return _by_example(values).mean(-1)
 
     def statistics(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         classes = torch.arange(outputs.shape[1], device=outputs.device)
@@ -158,9 +183,12 @@ class Tokens(Task):
     ignore = -100
 
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.smoothed_loss(outputs, batch, 0.0)
+
+    def smoothed_loss(self, outputs: Tensor, batch: Batch, smoothing: float) -> tuple[Tensor, Tensor]:
         real = (batch["y"] != self.ignore).to(outputs.dtype)
-        target = batch["y"].clamp(min=0)
-        values = F.cross_entropy(outputs.movedim(-1, 1), target, reduction="none") * real
+        target, logits = batch["y"].clamp(min=0), outputs.movedim(-1, 1)
+        values = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing) * real
         count = real.sum(-1)
         return values.sum(-1) / count.clamp(min=1), count
 
@@ -178,13 +206,13 @@ def _by_example(values: Tensor) -> Tensor:
     return values.reshape(values.shape[0], -1)
 
 
-def loss_and_weights(task: Task, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """A task's loss as ``([B] values, [B] weights or None)``.
+def loss_and_weights(task: Task, outputs: Any, batch: Batch, smoothing: float = 0.0) -> tuple[Tensor, Tensor | None]:
+    """A task's loss as ``([B] values, [B] weights or None)``, with label smoothing where it is above 0.
 
     Raises:
         RunError: for a loss that is already averaged.
     """
-    found = task.loss(outputs, batch)
+    found = task.smoothed_loss(outputs, batch, smoothing) if smoothing else task.loss(outputs, batch)
     values, weights = found if isinstance(found, tuple) else (found, None)
     one_each(values, f"{type(task).__name__}.loss")
     return values, weights

@@ -2,7 +2,8 @@
 
 A block ``[k, D]`` holds the clients' weights, a second one their gradients; ``D`` is the shared parameters followed by
 the personal ones. An *executor* fills the gradients (``loop``: one client, plain autograd; ``stacked``: all at once
-under ``vmap``); corrections, regularisation and the optimiser then work on the whole block.
+under ``vmap``; ``private``: one client through Opacus); clipping, corrections, penalties and the optimiser then work on
+the whole block.
 """
 
 from __future__ import annotations
@@ -11,32 +12,35 @@ import copy
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clients import randomness
-from clients.batches import Schedule, Work, schedule, work
+from clients.batches import Schedule as Batches
+from clients.batches import Work, schedule, work
+from clients.descent import Descent, Rates
+from clients.embedding import keep_padding
+from clients.examples import Examples, in_precision
 from clients.hooks import ClientData, ClientFailure, Correction, LocalContext, LocalTraining, Variables
+from clients.local_state import CORRECTION, MOMENTS, PERSONAL, RELEASES, STEPS, Stack, kept_state, under
 from clients.loop import LoopExecutor
 from clients.normalization import batch_norms, without_running_statistics
-from clients.objective import Executor, Objective, TaskModule
+from clients.objective import Buffers, Executor, Objective, TaskModule
 from clients.optimizers import Optimizer
 from clients.recipe import Recipe
+from clients.recurrent import unroll_recurrent
+from clients.schedules import Constant, Schedule
 from clients.stacked import StackedExecutor
+from clients.statistics import STATISTICS, Statistics
 from clients.task import Task
 from clients.updates import Updates
 from clients.weights import Layout
 
-PERSONAL = "personal"
-
-
-class Examples(Protocol):
-    """Where training examples come from: positions of any shape in, columns of that shape out."""
-
-    def take(self, index: Tensor) -> dict[str, Tensor]: ...
+if TYPE_CHECKING:
+    from clients.dp_sgd import PrivateExecutor
 
 
 @dataclass
@@ -45,14 +49,16 @@ class Trained:
 
     Attributes:
         updates: the clients whose training succeeded.
-        loss: ``float64 [k]`` mean training loss over the examples each saw.
+        loss: ``float64 [k]`` mean training loss over the examples each saw: the task's own, without penalties.
         state: new client state by name, ``[k, m]`` each, in the order of ``updates.clients``.
+        report: further numbers for the record by name, ``float64 [k]`` each.
         failures: the clients that failed.
     """
 
     updates: Updates
     loss: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
+    report: dict[str, Tensor] = field(default_factory=dict)
     failures: list[ClientFailure] = field(default_factory=list)
 
 
@@ -66,12 +72,17 @@ class Trainer:
         layout: the shared parameters (and, as its ``personal`` part, those that stay).
         examples: the pool that clients' examples lie in.
         members: client id -> ``int64 [n]`` positions in the pool.
+        validation: the same for each client's validation examples; early stopping reads them.
         optimizer: the local optimiser.
+        schedule: factor on the learning rate by round.
+        step_schedule: factor on the learning rate by local step.
         correction: what the strategy changes in the loop.
         local_training: replaces the loop, where given.
+        statistics: batch norm's running statistics, where they are tracked.
         stacked: which execution.
         by_length: in stacked execution, whether short batches train in stacks of their own instead of being masked.
         seed: the experiment's seed.
+        rounds: how many rounds there are in all.
     """
 
     def __init__(
@@ -84,28 +95,48 @@ class Trainer:
         members: Callable[[int], np.ndarray],
         *,
         optimizer: Optimizer,
+        validation: Callable[[int], np.ndarray] | None = None,
+        schedule: Schedule | None = None,
+        step_schedule: Schedule | None = None,
         correction: Correction | None = None,
         local_training: LocalTraining | None = None,
+        statistics: Statistics | None = None,
         stacked: bool = False,
         by_length: bool | None = None,
         seed: int = 0,
+        rounds: int = 1,
     ):
         self.model = without_running_statistics(copy.deepcopy(model)).train()
         self.task, self.recipe, self.layout, self.seed = task, recipe, layout, seed
-        self.examples, self.members = examples, members
+        self.examples, self.members, self.statistics = examples, members, statistics
         self.optimizer, self.correction, self.local_training = optimizer, correction or Correction(), local_training
+        if statistics is not None:
+            statistics.attach(self.model)
         self.stacked = stacked
         self.spare = 1 if batch_norms(self.model) else 0
-        self.by_length = bool(self.spare) if by_length is None else by_length
         self.block = layout.all
         self.start_personal = layout.personal.flatten(model) if layout.personal.size else None
-        self.buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        self.executor = self._executor()
-        self._blocks: dict[str, Tensor] = {}
+        self.kept = kept_state(recipe, layout, optimizer, statistics)
+        module = TaskModule(self.model, task, recipe.precision == "bfloat16")
+        objective = Objective(module, layout, self.correction, recipe.regularization.label_smoothing)
+        self.private: PrivateExecutor | None = None
+        self.executor = self._executor(objective)
+        # One client's short batch needs no mask; a stack's batch norm cannot have one.
+        alone = bool(self.spare) if by_length is None else by_length
+        by_length = alone or not isinstance(self.executor, StackedExecutor)
+        rates = Rates(recipe.learning_rate, schedule or Constant(), step_schedule or Constant(), rounds)
+        self.descent = Descent(objective, self.executor, recipe, optimizer, rates, examples, validation, by_length)
 
-    def _executor(self) -> Executor:
-        objective = Objective(TaskModule(self.model, self.task), self.layout, self.correction)
-        return StackedExecutor(objective) if self.stacked else LoopExecutor(objective)
+    def _executor(self, objective: Objective) -> Executor:
+        if self.recipe.dp_sgd is not None:
+            from clients.dp_sgd import PrivateExecutor  # Opacus takes long to import
+
+            self.private = PrivateExecutor(objective, self.recipe.dp_sgd)
+            return self.private
+        if not self.stacked:
+            return LoopExecutor(objective)
+        keep_padding(unroll_recurrent(self.model))
+        return StackedExecutor(objective)
 
     def work(self, clients: np.ndarray, round: int) -> Work:
         """How much these clients train in this round."""
@@ -123,20 +154,51 @@ class Trainer:
         """Trains these clients (``int64 [k]``, ascending) from ``weights`` ``[d]``; the result is ordered by client id.
 
         A client whose own code raises is a failure in the result, and the others are unaffected.
+
+        Args:
+            clients: ids.
+            weights: the global weights.
+            round: the round.
+            client_state: name -> ``[k, m]``; names that are missing start from zeros.
+            server_state: name -> ``[m]``, likewise.
         """
-        state = dict(client_state or {})
-        parts, failures = [], []
-        for group in self._groups(clients):
+        state, server = self._all_state(len(clients), client_state or {}, server_state or {})
+        parts: list[Trained] = []
+        failures: list[ClientFailure] = []
+        for group in self._groups(clients, round, failures):
             chosen = {name: value[group] for name, value in state.items()}
-            found, failed = self._attempt(clients[group], weights, round, chosen, dict(server_state or {}))
+            found, failed = self._attempt(clients[group], weights, round, chosen, server)
             parts += found
             failures += failed
         return self._collect(parts, failures)
 
-    def _groups(self, clients: np.ndarray) -> Sequence[np.ndarray]:
+    def _all_state(
+        self, k: int, client: Mapping[str, Tensor], server: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        dtype, correction = self.layout.dtype, self.correction
+
+        def length(size: str | int) -> int:
+            return self.layout.size if size == "row" else int(size)
+
+        mine = {f"{CORRECTION}{name}": length(size) for name, size in correction.client_state.items()} | self.kept
+        theirs = {f"{CORRECTION}{name}": length(size) for name, size in correction.server_state.items()}
+        state = {name: torch.zeros(k, size, dtype=dtype) for name, size in mine.items() if name not in client}
+        held = {name: torch.zeros(size, dtype=dtype) for name, size in theirs.items() if name not in server}
+        return {**state, **client}, {**held, **server}
+
+    def _groups(self, clients: np.ndarray, round: int, failures: list[ClientFailure]) -> Sequence[np.ndarray]:
+        """Places of the clients that train at once; those with too few examples for a step are failures."""
         places = np.arange(len(clients))
-        together = self.stacked and self.local_training is None
-        return [places] if together and len(clients) else np.split(places, len(clients))[: len(clients)]
+        if self.local_training is not None:
+            return [places[i : i + 1] for i in range(len(places))]
+        done = self.work(clients, round)
+        for place in np.flatnonzero(done.steps == 0).tolist():
+            held = f"client {clients[place]} holds {done.examples[place]} training examples, too few for a local step"
+            message = held + (": batch norm needs two" if self.spare else "")
+            failures.append(ClientFailure(int(clients[place]), "too_few_examples", "training", message))
+        places = np.flatnonzero(done.steps)
+        together = isinstance(self.executor, StackedExecutor)
+        return [places] if together and len(places) else [places[i : i + 1] for i in range(len(places))]
 
     def _attempt(
         self, clients: np.ndarray, weights: Tensor, round: int, state: dict[str, Tensor], server: dict[str, Tensor]
@@ -164,104 +226,105 @@ class Trainer:
         self, clients: np.ndarray, weights: Tensor, round: int, state: dict[str, Tensor], server: dict[str, Tensor]
     ) -> Trained:
         if self.local_training is not None:
-            return self._train_own(int(clients[0]), weights, round, state)
+            return self._train_own(int(clients[0]), weights, round, state, server)
         done = self.work(clients, round)
-        if (done.steps == 0).any():
-            few = clients[done.steps == 0]
-            raise ValueError(
-                f"client {few[0]} holds {done.examples[done.steps == 0][0]} examples, too few for a local step"
-                + (" (batch norm needs two)" if self.spare else "")
-            )
         order = np.argsort(-done.steps, kind="stable")
         back = torch.from_numpy(np.argsort(order, kind="stable"))
-        sorted_clients = clients[order]
         done = Work(done.examples[order], done.per_epoch[order], done.steps[order])
-        sorted_state = {name: value[torch.from_numpy(order)] for name, value in state.items()}
-        personal = sorted_state.pop(PERSONAL, None)
-        v = Variables(weights, sorted_state, server, round)
+        stack = self._stack(
+            clients[order], weights, {name: value[torch.from_numpy(order)] for name, value in state.items()}, server
+        )
+        v = Variables(weights, under(CORRECTION, stack.state), under(CORRECTION, server), round)
+        loss, steps = self.descent.run(stack, done, self._plan(stack.clients, done, round), v)
 
-        rows = self._first_rows(len(clients), weights, personal)
-        members = [self.members(client) for client in sorted_clients.tolist()]
-        plan = schedule(done, members, sorted_clients, self.recipe.batch_size, self.seed, round)
-        loss = self._descend(rows, plan, v)[back]
-
+        steps = steps[back]
         updates = Updates(
-            rows=rows[:, : self.layout.size][back].sub_(weights),
+            rows=stack.rows[:, : self.layout.size][back].sub_(weights),
             clients=torch.from_numpy(clients),
             examples=torch.from_numpy(done.examples)[back],
-            steps=torch.from_numpy(done.steps)[back],
+            steps=steps,
             weights=torch.ones(len(clients), dtype=torch.float64),
         )
-        updates, new_state = self.correction.finish(updates, replace(v, client=state))
+        updates, own = self.correction.finish(updates, replace(v, client=under(CORRECTION, state)))
+        fresh = {f"{CORRECTION}{name}": value for name, value in own.items()}
         if self.start_personal is not None:
-            new_state = {**new_state, PERSONAL: rows[:, self.layout.size :][back].sub_(self.start_personal)}
-        return Trained(updates, loss, new_state)
+            fresh[PERSONAL] = stack.rows[:, self.layout.size :][back].sub_(self.start_personal)
+        if STEPS in self.kept:
+            fresh |= {f"{MOMENTS}{name}": block[back] for name, block in stack.moments.items()}
+            fresh[STEPS] = state[STEPS] + steps[:, None]
+        report = {name: value[back] for name, value in stack.report.items()}
+        if self.recipe.dp_sgd is not None:
+            fresh[RELEASES], report["epsilon"] = self._privacy(done, state[RELEASES])
+        updates, fresh = self._with_statistics(updates, fresh, stack.buffers, back, state)
+        return Trained(updates, loss[back], fresh, report)
 
-    def _first_rows(self, k: int, weights: Tensor, personal: Tensor | None) -> Tensor:
-        rows = self._scratch("rows", k)
+    def _stack(
+        self, clients: np.ndarray, weights: Tensor, state: dict[str, Tensor], server: dict[str, Tensor]
+    ) -> Stack:
+        """The blocks that these clients start from, sorted as they are."""
+        rows, k = self.descent.scratch("rows", len(clients)), len(clients)
         rows[:, : self.layout.size] = weights
         if self.start_personal is not None:
-            rows[:, self.layout.size :] = self.start_personal if personal is None else self.start_personal + personal
-        return rows
+            rows[:, self.layout.size :] = self.start_personal + state[PERSONAL]
+        moments = self.optimizer.init(rows)
+        if STEPS in self.kept:
+            moments = {name: state[f"{MOMENTS}{name}"].clone() for name in moments}
+        return Stack(clients, rows, self._first_statistics(k, state, server), moments, state)
 
-    def _scratch(self, name: str, k: int) -> Tensor:
-        """A block ``[k, D]`` for work in progress, the same memory each time: fresh pages are costly."""
-        if name not in self._blocks or len(self._blocks[name]) < k:
-            self._blocks[name] = torch.empty(k, self.block.size, dtype=self.block.dtype)
-        return self._blocks[name][:k]
+    def _first_statistics(self, k: int, state: Mapping[str, Tensor], server: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Batch norm's running statistics by buffer, ``[k, channels]`` each: the client's own or the server's."""
+        if self.statistics is None:
+            return {}
+        nothing = torch.zeros(k, self.statistics.kept_size, dtype=self.layout.dtype)
+        kept = server[STATISTICS].expand(k, -1) if STATISTICS in server else state.get(STATISTICS, nothing)
+        return self.statistics.spread(self.statistics.in_work(kept))
 
-    def _descend(self, rows: Tensor, plan: Schedule, v: Variables) -> Tensor:
-        """Runs the steps of the plan on the block, in place; returns the mean loss of each client, ``float64 [k]``."""
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(self.buffers[name])
-        grads = self._scratch("grads", len(rows))
-        state = self.optimizer.init(rows)
-        lr, l2 = self.recipe.learning_rate, self.recipe.regularization.l2
-        total = torch.zeros(len(rows), dtype=torch.float64)
-        with torch.no_grad():
-            for step, active in enumerate(plan.active):
-                w, g = rows[:active], grads[:active]
-                here = replace(v, client={name: value[:active] for name, value in v.client.items()}) if v.client else v
-                losses = self._gradients(w, g, plan, step, here)
-                total[:active] += losses * plan.count[step, :active]
-                if self.correction.changes_gradient:
-                    shared = self.layout.size
-                    changed = self.correction.gradient(g[:, :shared], w[:, :shared], here, step)
-                    if changed.data_ptr() != g.data_ptr():
-                        g[:, :shared] = changed
-                if l2:
-                    g.add_(w, alpha=l2)
-                self.optimizer.step(w, g, {name: block[:active] for name, block in state.items()}, lr, step)
-        return total / plan.count.sum(0).clamp(min=1)
+    def _with_statistics(
+        self, u: Updates, fresh: dict[str, Tensor], buffers: Buffers, back: Tensor, state: Mapping[str, Tensor]
+    ) -> tuple[Updates, dict[str, Tensor]]:
+        """What becomes of the clients' running statistics: they are sent, or stay with the client."""
+        if self.statistics is None:
+            return u, fresh
+        block = self.statistics.gathered(buffers)[back]
+        if self.recipe.batch_norm == "share_all":
+            return u.send(**{STATISTICS: block}), fresh
+        return u, {**fresh, STATISTICS: self.statistics.kept(block, state[STATISTICS][:, -1] + u.steps)}
 
-    def _gradients(self, w: Tensor, g: Tensor, plan: Schedule, step: int, v: Variables) -> Tensor:
-        active = len(w)
-        index, mask = plan.index[step, :active], plan.mask(step, active)
-        if mask is None or not (self.by_length or not self.stacked):
-            return self.executor.gradients(w, g, self._take(index), mask, v)
-        if active == 1:
-            return self.executor.gradients(w, g, self._take(index[:, : int(plan.count[step, 0])]), None, v)
-        losses = torch.empty(active, dtype=w.dtype)
-        for length in plan.count[step, :active].unique().tolist():
-            these = (plan.count[step, :active] == length).nonzero()[:, 0]
-            part = torch.empty(len(these), w.shape[1], dtype=w.dtype)
-            here = replace(v, client={name: value[these] for name, value in v.client.items()})
-            losses[these] = self.executor.gradients(w[these], part, self._take(index[these, :length]), None, here)
-            g[these] = part
-        return losses
+    def _privacy(self, done: Work, before: Tensor) -> tuple[Tensor, Tensor]:
+        """The one client's releases so far ``[1, 1]``, and the epsilon that they come to ``[1]``."""
+        from clients.dp_sgd import releases, spent
 
-    def _take(self, index: Tensor) -> dict[str, Tensor]:
-        return in_precision(self.examples.take(index), self.block.dtype)
+        assert self.recipe.dp_sgd is not None
+        rate, count = releases(self.recipe.dp_sgd, done, self.recipe.batch_size)
+        total = before + count
+        return total, torch.tensor([spent(self.recipe.dp_sgd, rate, int(total))], dtype=torch.float64)
 
-    def _train_own(self, client: int, weights: Tensor, round: int, state: dict[str, Tensor]) -> Trained:
+    def _plan(self, clients: np.ndarray, done: Work, round: int) -> Batches:
+        members = [self.members(client) for client in clients.tolist()]
+        dp = self.recipe.dp_sgd
+        if dp is not None:
+            held, size = int(done.examples[0]), self.recipe.batch_size
+            assert self.private is not None
+            self.private.begin(int(clients[0]), round, self.seed, float(min(held, size)))
+        poisson = dp is not None and dp.sampling == "poisson"
+        return schedule(done, members, clients, self.recipe.batch_size, self.seed, round, poisson=poisson)
+
+    def _train_own(
+        self, client: int, weights: Tensor, round: int, state: dict[str, Tensor], server: dict[str, Tensor]
+    ) -> Trained:
         """Trains one client by the user's own :class:`LocalTraining`."""
         assert self.local_training is not None
-        personal = state.get(PERSONAL)
         # A copy, so that what one client's training freezes, hooks or switches does not reach the next client's.
         model = copy.deepcopy(self.model)
-        self.block.load(model, self._first_rows(1, weights, personal)[0])
+        stack = self._stack(np.array([client]), weights, state, server)
+        self.block.load(model, stack.rows[0])
+        if self.statistics is not None:
+            self.statistics.load(model, self.statistics.gathered(stack.buffers)[0])
         members = torch.from_numpy(self.members(client))
-        data = ClientData(self._take(members), randomness.generator(self.seed, "local_training", round, client))
+        data = ClientData(
+            in_precision(self.examples.take(members), self.block.dtype),
+            randomness.generator(self.seed, "local_training", round, client),
+        )
         told = dict(self.local_training.train(model, data, self._local_context(round, client, data)) or {})
         loss, steps = float(told.pop("loss", float("nan"))), int(told.pop("steps", 0))
         updates = Updates(
@@ -275,6 +338,9 @@ class Trainer:
         new_state = {}
         if self.start_personal is not None:
             new_state[PERSONAL] = (self.layout.personal.flatten(model) - self.start_personal)[None]
+        if self.statistics is not None:
+            buffers = self.statistics.spread(self.statistics.of(model)[None])
+            updates, new_state = self._with_statistics(updates, new_state, buffers, torch.tensor([0]), state)
         return Trained(updates, torch.tensor([loss], dtype=torch.float64), new_state)
 
     def _local_context(self, round: int, client: int, data: ClientData) -> LocalContext:
@@ -284,7 +350,7 @@ class Trainer:
     def _collect(self, parts: list[Trained], failures: list[ClientFailure]) -> Trained:
         """One result in client order, without the updates that are not finite."""
         if not parts:
-            return Trained(self._nothing(), torch.zeros(0, dtype=torch.float64), {}, failures)
+            return Trained(self._nothing(), torch.zeros(0, dtype=torch.float64), failures=failures)
         if len(parts) == 1:
             whole = parts[0]
         else:
@@ -293,6 +359,7 @@ class Trainer:
                 Updates.join([part.updates for part in parts]),
                 torch.cat([part.loss for part in parts])[order],
                 {name: torch.cat([part.state[name] for part in parts])[order] for name in parts[0].state},
+                {name: torch.cat([part.report[name] for part in parts])[order] for name in parts[0].report},
             )
         # The sum of a row is finite only if every entry is; an overflow of the sum is looked at closely.
         finite = torch.isfinite(whole.updates.rows.sum(1))
@@ -303,8 +370,8 @@ class Trainer:
                 ClientFailure(client, "dropped_update", "training", "the update holds NaN or infinite values; left out")
             )
         if not bool(finite.all()):
-            state = {name: value[finite] for name, value in whole.state.items()}
-            whole = Trained(whole.updates.select(finite), whole.loss[finite], state)
+            state, report = ({n: value[finite] for n, value in part.items()} for part in (whole.state, whole.report))
+            whole = Trained(whole.updates.select(finite), whole.loss[finite], state, report)
         whole.failures = failures
         return whole
 
@@ -312,11 +379,3 @@ class Trainer:
         none = torch.zeros(0, dtype=torch.int64)
         rows = torch.zeros(0, self.layout.size, dtype=self.layout.dtype)
         return Updates(rows, none, none, none, torch.zeros(0, dtype=torch.float64))
-
-
-def in_precision(columns: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating-point columns in the rows' dtype; all others as they are."""
-    return {
-        name: column.to(dtype) if column.is_floating_point() and column.dtype != dtype else column
-        for name, column in columns.items()
-    }

@@ -11,15 +11,17 @@ import torch
 from torch import nn
 
 from clients import catalog, randomness
+from clients.dropout import set_dropout
 from clients.errors import FedsimError, RequestError
-from clients.evaluation import Evaluator
+from clients.examples import in_precision
 from clients.hooks import LocalTraining
 from clients.initialization import initialize
+from clients.local_state import shared_layout
 from clients.normalization import batch_norms
 from clients.optimizers import Optimizer
+from clients.schedules import Schedule
+from clients.statistics import Statistics
 from clients.task import Task
-from clients.training import in_precision
-from clients.weights import Layout, share_all_but
 from fedsim import data
 from fedsim.data.population import Population
 from fedsim.data.source import Source
@@ -65,7 +67,8 @@ def assemble(experiment: Experiment) -> Assembly:
     base, seed, client = experiment.base, experiment.seed, experiment.client
     source = catalog.build(experiment.data.source, "sources", base, key="data.source", seed=seed)
     expect(source, Source, "data.source", "a fedsim.Source")
-    population = data.build(source, experiment.data, seed, base)
+    settings = experiment.data.model_copy(update={"client_test_fraction": experiment.client_test_fraction})
+    population = data.build(source, settings, seed, base)
     if not len(population.trainable):
         raise RequestError("data: no client has a training example")
     task = catalog.build(experiment.task, "tasks", base, key="task")
@@ -73,21 +76,26 @@ def assemble(experiment: Experiment) -> Assembly:
     model = _model(experiment, population)
     if client.precision == "float64":
         model.double()
-    layout = Layout(model, share_all_but(client.personal, model))
+    _set_dropout(experiment, model)
     setup = Setup(
         model=model,
         task=task,
         recipe=client,
-        layout=layout,
+        layout=shared_layout(client, model),
         strategy=_strategy(experiment, population),
         population=population,
         optimizer=_built(experiment, "client.optimizer", "optimizers", client.optimizer, Optimizer),
+        schedule=_built(experiment, "client.schedule", "schedules", client.schedule, Schedule),
+        step_schedule=_built(experiment, "client.step_schedule", "schedules", client.step_schedule, Schedule),
         local_training=_local_training(experiment),
+        statistics=Statistics(model) if Statistics(model).norms else None,
         stacked=False,
         seed=seed,
+        rounds=experiment.rounds,
         batch_size=experiment.evaluation.batch_size,
-        batch_norm="batch" if experiment.evaluation.batch_norm == "batch" else "recalibrate",
+        batch_norm=experiment.batch_norm,
     )
+    _check_training(experiment, setup)
     _check_evaluation(experiment, setup)
     _try_out(setup)
     try:
@@ -123,13 +131,26 @@ def _model(experiment: Experiment, population: Population) -> nn.Module:
     part, seed = experiment.model, experiment.seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(randomness.key(seed, "model"))
-        shape, classes = population.input_shape, population.classes
-        model = catalog.build(part, "models", experiment.base, key="model", input_shape=shape, classes=classes)
+        offered: dict[str, Any] = {"input_shape": population.input_shape, "classes": population.classes}
+        rate = experiment.client.regularization.dropout
+        if rate is not None and not part.own:
+            offered["dropout"] = rate
+        model = catalog.build(part, "models", experiment.base, key="model", **offered)
     expect(model, nn.Module, "model", "a torch.nn.Module")
     model = copy.deepcopy(model).to("cpu")
-    if not part.own or "initialization" in experiment.client.model_fields_set:
-        initialize(model, experiment.client.initialization, seed, experiment.base)
+    client = experiment.client
+    keeps = part.own and "initialization" not in client.model_fields_set
+    initialize(model, None if keeps else client.initialization, seed, experiment.base, client.layer_initialization)
     return model
+
+
+def _set_dropout(experiment: Experiment, model: nn.Module) -> None:
+    rate = experiment.client.regularization.dropout
+    if rate is not None and not set_dropout(model, rate) and rate:
+        raise RequestError(
+            f"client.regularization.dropout: {rate} has nothing to act on, since {type(model).__name__} has no dropout"
+            " layer; add nn.Dropout to the model, or leave it out"
+        )
 
 
 def _strategy(experiment: Experiment, population: Population) -> Strategy:
@@ -178,13 +199,60 @@ def _sampling(experiment: Experiment, population: Population, made: Strategy) ->
     return sampling
 
 
+def _check_training(experiment: Experiment, setup: Setup) -> None:
+    """Refuses training that this model, task and data cannot have."""
+    client, model, problems = experiment.client, setup.model, []
+    norms = batch_norms(model)
+    if client.batch_norm != "share_affine" and not norms:
+        problems.append(
+            f'client.batch_norm: "{client.batch_norm}" has nothing to act on, since {type(model).__name__} has no batch'
+            ' norm; set model.norm = "batch", or leave it out'
+        )
+    elif client.batch_norm == "share_all" and setup.statistics is None:
+        problems.append('client.batch_norm: "share_all" needs batch norms that keep running statistics, and none does')
+    if norms and client.batch_size == 1:
+        problems.append("client.batch_size: 1 does not go with batch norm, which needs two examples; give 2 or more")
+    if client.regularization.label_smoothing and not setup.task.can_smooth:
+        problems.append(
+            f"client.regularization.label_smoothing: {type(setup.task).__name__} has no smoothed_loss that goes with"
+            " its loss; write one, or leave label smoothing out"
+        )
+    if client.dp_sgd is not None:
+        from clients.dp_sgd import check_private
+
+        problems += check_private(model)
+        largest = int(setup.population.splits["train"].sizes.max())
+        if client.dp_sgd.delta * largest >= 1:
+            problems.append(
+                f"client.dp_sgd.delta: {client.dp_sgd.delta:g} is no less than 1 / {largest}, the examples of the"
+                " largest client, and would allow that one of them is given away; give less"
+            )
+        if setup.strategy.correction.adds_loss:
+            problems.append(
+                f"client.dp_sgd: {setup.strategy.correction!r} adds a loss of its own, whose gradients by example are"
+                " not known; use another strategy.correction"
+            )
+    if problems:
+        raise RequestError(problems)
+
+
 def _check_evaluation(experiment: Experiment, setup: Setup) -> None:
     """Refuses an evaluation that would give a number without a meaning, or none at all."""
     population = setup.population
+    for split, fraction in (("test", "data.client_test_fraction"), ("validation", "data.client_validation_fraction")):
+        if split in population.splits and not population.splits[split].examples:
+            raise RequestError(
+                f"{fraction}: every client holds too few examples to keep one of them; give a larger share"
+            )
     if setup.layout.personal.size and "test" not in population.splits:
         raise RequestError(
             "client.personal: the server has no whole model to test, so clients must test on examples of their own; set"
             " data.client_test_fraction above 0"
+        )
+    if experiment.checks and not setup.server_has_all:
+        raise RequestError(
+            "checks: they look at the server's model, and it has no whole one, since parameters or batch norm's"
+            " statistics stay with the clients; leave the checks out, or have the server keep all"
         )
     if experiment.evaluation.clients and not {"test", "validation"} & set(population.splits):
         raise RequestError(
@@ -202,7 +270,7 @@ def _try_out(setup: Setup) -> None:
     """Model and task meet the data, two examples of it, before anything is written."""
     few = torch.from_numpy(setup.population.splits["train"].order[:2].copy())
     batch = in_precision(setup.population.columns.take(few), setup.layout.dtype)
-    evaluator = Evaluator(setup.model, setup.task, setup.layout, setup.batch_size, "batch")
+    evaluator = setup.evaluator("batch")
     try:
         total = evaluator.totals(setup.population.columns, few)
     except Exception as error:

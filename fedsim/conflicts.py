@@ -74,20 +74,66 @@ def _fraction_conflicts(read: _Reader) -> Iterable[str]:
 
 
 def _evaluation_conflicts(read: _Reader) -> Iterable[str]:
-    said = read.get("evaluation.batch_norm")
-    if said == "shared":
-        yield (
-            "evaluation.batch_norm: 'shared' needs client.batch_norm = \"share_all\", which is not built yet; "
-            "give 'auto', 'recalibrate' or 'batch'"
-        )
-    elif said in ("clients", "clients_stored"):
-        yield f"evaluation.batch_norm: {said!r} is not built yet; give 'auto', 'recalibrate' or 'batch'"
     clients = read.get("evaluation.clients")
-    if clients is True and not (read.get("data.client_test_fraction") or read.get("data.client_validation_fraction")):
+    examples = read.get("data.client_test_fraction") or read.get("data.client_validation_fraction")
+    if clients is True and not examples and not _clients_test(read):
         yield (
             "evaluation.clients: clients have no examples to evaluate on; "
             "give data.client_test_fraction or data.client_validation_fraction"
         )
+
+
+def _clients_test(read: _Reader) -> bool:
+    """Whether clients get test examples without being told to, since they alone can test."""
+    own = read.get("client.personal") or read.get("client.batch_norm") == "local"
+    by_client = read.get("evaluation.batch_norm") in ("clients", "clients_stored")
+    return bool(read.get("data.client_test_fraction") is None and (own or by_client))
+
+
+def _batch_norm_conflicts(read: _Reader) -> Iterable[str]:
+    kept, said = read.get("client.batch_norm"), read.get("evaluation.batch_norm")
+    if kept == "local" and said in ("recalibrate", "batch", "shared"):
+        yield (
+            f"evaluation.batch_norm: {said!r} tests on the server, which has no batch norm under client.batch_norm ="
+            " \"local\"; give 'auto', 'clients' or 'clients_stored'"
+        )
+    elif said == "shared" and kept == "share_affine":
+        yield (
+            "evaluation.batch_norm: 'shared' needs the clients' statistics; give client.batch_norm = \"share_all\","
+            " or another evaluation.batch_norm"
+        )
+    elif said == "clients_stored" and kept == "share_all":
+        yield (
+            "evaluation.batch_norm: 'clients_stored' needs statistics that stay with a client, and client.batch_norm ="
+            ' "share_all" shares them; give \'shared\', or client.batch_norm = "share_affine"'
+        )
+    tested_by = {"local": 'client.batch_norm = "local"'}.get(kept, f"evaluation.batch_norm = {said!r}")
+    if (kept == "local" or said in ("clients", "clients_stored")) and read.get("data.client_test_fraction") == 0:
+        yield (
+            f"data.client_test_fraction: 0 leaves nobody to test under {tested_by}, where the server has no whole"
+            " model; give a share above 0, or leave it out"
+        )
+
+
+def _client_conflicts(read: _Reader) -> Iterable[str]:
+    privacy, stopping = read.get("client.dp_sgd"), read.get("client.early_stopping")
+    own = read.get("client.local_training")
+    if stopping is not None and not read.get("data.client_validation_fraction"):
+        yield (
+            "client.early_stopping: clients have no validation examples to stop by; give"
+            " data.client_validation_fraction above 0"
+        )
+    for key, value in (("dp_sgd", privacy), ("early_stopping", stopping)):
+        if value is not None and own is not None:
+            yield f"client.{key}: client.local_training replaces the loop that does it; give one of them"
+    if privacy is None:
+        return
+    if stopping is not None:
+        yield "client.early_stopping: it looks at validation examples without noise, against client.dp_sgd; drop one"
+    if read.get("client.execution") == "stacked":
+        yield 'client.execution: "stacked" does not go with client.dp_sgd, which trains client by client; use "auto"'
+    if read.get("client.precision") == "bfloat16":
+        yield 'client.precision: "bfloat16" does not go with client.dp_sgd; give "float32" or "float64"'
 
 
 def _name_conflicts(read: _Reader) -> Iterable[str]:
@@ -106,4 +152,6 @@ _CHECKS: tuple[Callable[[_Reader], Iterable[str]], ...] = (
     _cohort_conflicts,
     _fraction_conflicts,
     _evaluation_conflicts,
+    _batch_norm_conflicts,
+    _client_conflicts,
 )

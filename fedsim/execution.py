@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
+from clients.dropout import set_dropout
+from clients.local_state import shared_layout
 from clients.training import Trained
-from clients.weights import Layout, share_all_but
 from fedsim.worker import Setup
 
 _AGREE = 1e-4
 _LARGEST_STACK = 64
 _LOOP_CHUNKS = 32
+_LARGE_LSTM = 64
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,14 @@ def decide(setup: Setup) -> Execution:
         return Execution(False, "asked for")
     if setup.local_training is not None:
         return Execution(False, "local_training trains client by client")
+    if setup.recipe.dp_sgd is not None:
+        return Execution(False, "dp_sgd trains client by client, through Opacus")
     if asked == "auto" and any(
         isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) for module in setup.model.modules()
     ):
         return Execution(False, "convolutions on a CPU are faster one client at a time")
+    if asked == "auto" and any(isinstance(m, nn.LSTM) and m.hidden_size >= _LARGE_LSTM for m in setup.model.modules()):
+        return Execution(False, f"LSTMs of {_LARGE_LSTM} units and more are faster one client at a time on a CPU")
     obstacle = probe(setup)
     if obstacle and asked == "stacked":
         raise ValueError(obstacle)
@@ -67,11 +72,14 @@ def probe(setup: Setup) -> str:
     One of the two has a short last batch and they have unequal numbers of steps, so that masking is tried too. Dropout
     is off: the two ways draw differently.
     """
-    clients = setup.population.trainable[:2]
+    able = setup.population.trainable
+    enough = able[setup.population.splits["train"].sizes[able] > 1]  # one example is too few for batch norm
+    clients = (enough if len(enough) > 1 else able)[:2]
     if len(clients) < 2:
         return "there are not two clients to stack"
     few = _without_dropout(setup)
-    few = replace(few, recipe=setup.recipe.model_copy(update={"epochs": 1, "steps": None}))
+    short = {"epochs": 1, "steps": None, "early_stopping": None}
+    few = replace(few, recipe=setup.recipe.model_copy(update=short))
     loop, stack = (_trained(few, clients, stacked) for stacked in (False, True))
     if loop.failures:
         return ""  # the client's own code raises either way; training will say so
@@ -89,18 +97,9 @@ def probe(setup: Setup) -> str:
 
 
 def _trained(setup: Setup, clients: np.ndarray, stacked: bool) -> Trained:
-    """A few steps of these clients from the first weights; the state of every client and of the server is zero."""
-    layout, correction = setup.layout, setup.strategy.correction
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=layout.dtype)
-
-    sizes = {name: layout.size if size == "row" else int(size) for name, size in correction.client_state.items()}
-    client = {name: zeros(len(clients), size) for name, size in sizes.items()}
-    sizes = {name: layout.size if size == "row" else int(size) for name, size in correction.server_state.items()}
-    server = {name: zeros(size) for name, size in sizes.items()}
+    """A few steps of these clients from the first weights and no state."""
     trainer = setup.trainer(stacked=stacked, members=_few(setup, clients))
-    return trainer.train(clients, layout.flatten(setup.model), 0, client, server)
+    return trainer.train(clients, setup.layout.flatten(setup.model), 0)
 
 
 def _apart(loop: Trained, stack: Trained) -> float:
@@ -112,11 +111,7 @@ def _apart(loop: Trained, stack: Trained) -> float:
 
 def _without_dropout(setup: Setup) -> Setup:
     model = copy.deepcopy(setup.model)
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-        elif isinstance(getattr(module, "dropout", None), float):  # attention and recurrent layers have a number
-            setattr(module, "dropout", 0.0)  # noqa: B010  (a tensor or module, for all that the type checker knows)
+    set_dropout(model, 0.0)
     return replace(setup, model=model)
 
 
@@ -125,7 +120,7 @@ def _in_float64(setup: Setup) -> Setup:
     if setup.layout.dtype == torch.float64:
         return setup
     model = copy.deepcopy(setup.model).double()
-    return replace(setup, model=model, layout=Layout(model, share_all_but(setup.recipe.personal, model)))
+    return replace(setup, model=model, layout=shared_layout(setup.recipe, model))
 
 
 def _few(setup: Setup, clients: np.ndarray) -> Callable[[int], np.ndarray]:

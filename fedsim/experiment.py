@@ -24,16 +24,23 @@ from fedsim.conflicts import conflicts, counted
 NoneOrMore = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
+#: What a batch-norm mode says of ``evaluation.batch_norm = "auto"``.
+BatchNorm = Literal["recalibrate", "clients", "clients_stored", "batch", "shared"]
+AUTO_BATCH_NORM: dict[str, BatchNorm] = {"share_affine": "recalibrate", "local": "clients", "share_all": "shared"}
+
 DIGITS = Path(__file__).with_name("digits.toml")
 
-#: Where a part stands in an experiment, and of which kind it is; a list of parts is marked by ``[]``.
+#: Where a part stands in an experiment, and of which kind it is; ``[]`` marks a list of parts, ``{}`` a table of them.
 PLACES = {
     "data.source": "sources",
     "data.partition": "partitions",
     "model": "models",
     "task": "tasks",
     "client.initialization": "initializations",
+    "client.layer_initialization{}": "initializations",
     "client.optimizer": "optimizers",
+    "client.schedule": "schedules",
+    "client.step_schedule": "schedules",
     "client.local_training": "local_trainings",
     "strategy": "strategies",
     "strategy.sampling": "samplings",
@@ -102,7 +109,8 @@ class DataSettings(Section):
         validation_fraction: share of all examples that the server validates on, likewise.
         proxy: how many unlabelled examples the server holds.
         root: how many labelled examples the server holds.
-        client_test_fraction: share of its own examples that each client tests on.
+        client_test_fraction: share of its own examples that each client tests on; left out, 0.2 where the clients alone
+            can test (parameters or batch norm are their own), else none.
         client_validation_fraction: share of its own examples that each client validates on.
         held_out_clients: how many clients are never trained on.
     """
@@ -115,7 +123,7 @@ class DataSettings(Section):
     validation_fraction: Share = 0.0
     proxy: NoneOrMore = 120
     root: NoneOrMore = 0
-    client_test_fraction: Share = 0.0
+    client_test_fraction: Share | None = None
     client_validation_fraction: Share = 0.0
     held_out_clients: NoneOrMore = 0
 
@@ -158,7 +166,10 @@ class EvaluationSettings(Section):
     Attributes:
         every: rounds between evaluations; the last round always.
         batch_norm: where batch norm's statistics come from. ``recalibrate``: from the server's proxy examples;
-            ``batch``: from each evaluated batch itself (transductive); ``auto``: ``recalibrate``.
+            ``batch``: from each evaluated batch itself (transductive); ``shared``: those that clients sent, pooled;
+            ``clients``: every client tests, and estimates them on its own training inputs; ``clients_stored``:
+            likewise, with the running statistics of its own training. ``auto``: ``clients`` where batch norm is local,
+            ``shared`` where clients send statistics, else ``recalibrate``.
         batch_size: examples evaluated at once.
         clients: whether clients evaluate on their own test and validation examples too.
     """
@@ -259,6 +270,20 @@ class Experiment(Section):
         """
         return Experiment.of(overriding.as_given(self), self.base, overrides) if overrides else self
 
+    @property
+    def batch_norm(self) -> BatchNorm:
+        """Where batch norm's statistics come from in evaluation, ``auto`` decided."""
+        said = self.evaluation.batch_norm
+        return AUTO_BATCH_NORM[self.client.batch_norm] if said == "auto" else said
+
+    @property
+    def client_test_fraction(self) -> float:
+        """The share of its own examples that each client tests on, the default where none is given."""
+        if self.data.client_test_fraction is not None:
+            return self.data.client_test_fraction
+        own = self.client.personal or self.client.batch_norm == "local"
+        return 0.2 if own or self.batch_norm in ("clients", "clients_stored") else 0.0
+
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults filled in, as plain values; what is left out (None) is not there."""
         table = writing.plain(self, self.base)
@@ -266,6 +291,8 @@ class Experiment(Section):
         if not told and counted(table):  # a strategy of the user's own may choose its clients itself
             trainable = self.data.clients - self.data.held_out_clients
             table["strategy"]["clients_per_round"] = self.strategy.cohort_size(trainable)
+        told_data = {**table["data"], "client_test_fraction": self.client_test_fraction}
+        table["data"] = {name: told_data[name] for name in DataSettings.model_fields if name in told_data}
         if not self.client.optimizer.own:
             table["client"]["lr"] = self.client.learning_rate
         if self.model.own and "initialization" not in self.client.model_fields_set:
@@ -275,10 +302,13 @@ class Experiment(Section):
         return table
 
     def parts(self, place: str) -> Iterator[tuple[str, Part]]:
-        """The parts that stand in a place of :data:`PLACES`, each with its dotted key."""
+        """The parts that stand in a place of :data:`PLACES`, each with its own dotted key."""
         found: Any = self
-        for name in place.removesuffix("[]").split("."):
+        for name in place.rstrip("[]{}").split("."):
             found = getattr(found, name)
+        if place.endswith("{}"):
+            yield from ((f"{place[:-2]}.{name}", part) for name, part in found.items())
+            return
         for part in found if place.endswith("[]") else [found]:
             named = part.part if isinstance(part, Named) else part
             if named is not None:
@@ -338,13 +368,16 @@ def _named_tables() -> dict[str, list[str]]:
 def _places(table: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """The parts that a table has: the place's key, what holds the part, and under which name or index."""
     for key in PLACES:
-        *path, last = key.removesuffix("[]").split(".")
+        *path, last = key.rstrip("[]{}").split(".")
         holder: Any = table
         for name in path:
             holder = holder.get(name) if isinstance(holder, Mapping) else None
         if not isinstance(holder, Mapping) or holder.get(last) is None:
             continue
-        if not key.endswith("[]"):
+        if key.endswith("{}"):
+            if isinstance(holder[last], Mapping):
+                yield from ((key, holder[last], name) for name in list(holder[last]))
+        elif not key.endswith("[]"):
             yield key, holder, last
         elif isinstance(holder[last], list):
             yield from ((key, holder[last], index) for index in range(len(holder[last])))
@@ -356,7 +389,9 @@ def _check_parts(given: dict[str, Any], base: Path) -> list[str]:
     tables = _named_tables()
     for place, holder, name in _places(given):
         value, kind, own_keys = holder[name], PLACES[place], tables.get(place, [])
-        key = place if not place.endswith("[]") else f"{place[:-2]}.{_name_of(value)}"
+        key = place
+        if place.endswith(("[]", "{}")):
+            key = f"{place[:-2]}.{_name_of(value) if place.endswith('[]') else name}"
         try:
             if place in tables and isinstance(value, Mapping):
                 part = named_part(value, own_keys, Experiment.model_fields[place].default.part)

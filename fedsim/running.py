@@ -19,6 +19,8 @@ from torch import Tensor
 from clients import catalog
 from clients.errors import RequestError
 from clients.normalization import batch_norms
+from clients.recipe import DpSgd
+from clients.regularization import describe
 from clients.weights import Layout
 from fedsim import checking
 from fedsim.assembly import Assembly, assemble, choose_engine, make_engine, multiply_adds
@@ -29,6 +31,7 @@ from fedsim.records import Event, RoundRecord
 from fedsim.request import RUNS, newest_unfinished
 from fedsim.runs import RunStore, first_free, holds_run, read_experiment
 from fedsim.simulation import InMemory, Simulation, StateStore
+from fedsim.worker import Setup
 from strategies.checks.check import Check
 
 if TYPE_CHECKING:
@@ -242,6 +245,8 @@ def plan(
     count = experiment.engine.workers or cores()
     parallel = 1 if chosen == "inline" else min(count, -(-cohort // stack_size))
     block = layout.all.size * layout.dtype.itemsize
+    sends = setup.recipe.batch_norm == "share_all" and setup.statistics is not None
+    shared = setup.statistics.size if sends and setup.statistics is not None else 0
     rows = block * cohort if setup.strategy.aggregator.needs == "rows" else 2 * 8 * layout.size * parallel
     return {
         "experiment": experiment.resolved(),
@@ -254,13 +259,28 @@ def plan(
         "clients": setup.population.clients,
         "clients_per_round": cohort,
         "clients_per_chunk": stack_size,
-        "bytes_up_per_round": cohort * (layout.size * layout.dtype.itemsize + 8),
-        "bytes_down_per_round": cohort * layout.size * layout.dtype.itemsize,
+        "bytes_up_per_round": cohort * ((layout.size + shared) * layout.dtype.itemsize + 8),
+        "bytes_down_per_round": cohort * (layout.size + shared) * layout.dtype.itemsize,
         "megabytes_of_weights": (rows + block * stack_size * (2 + len(setup.optimizer.state)) * parallel) / 1e6,
         "minutes": each * cohort * experiment.rounds / parallel / 60,
         "multiply_adds": multiply_adds(assembly),
-        "epsilon": None,
+        "epsilon": _foreseen_epsilon(setup, cohort),
     }
+
+
+def _foreseen_epsilon(setup: Setup, cohort: int) -> float | None:
+    """What the client with the fewest examples will have spent, if it is chosen as often as may be expected."""
+    dp = setup.recipe.dp_sgd
+    if dp is None:
+        return None
+    from clients.dp_sgd import releases, spent
+
+    sizes = setup.population.splits["train"].sizes
+    able = setup.population.trainable
+    smallest = able[[int(sizes[able].argmin())]]
+    done = setup.trainer().work(smallest, 1)
+    rate, count = releases(dp, done, setup.recipe.batch_size)
+    return spent(dp, rate, count * -(-setup.rounds * cohort // len(able)))
 
 
 # ------------------------------------------------------------------------------------------------ before the rounds
@@ -393,6 +413,7 @@ def manifest(assembly: Assembly, engine: Engine) -> dict[str, Any]:
             "higher_is_better": assembly.setup.task.higher_is_better,
         },
         "sources": _sources(experiment),
+        "privacy": privacy(experiment.client.dp_sgd) if experiment.client.dp_sgd is not None else None,
         "command": ["fedsim" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
@@ -408,22 +429,11 @@ def _sources(experiment: Experiment) -> dict[str, str]:
     """Key -> SHA-256 of the file that a user's own part is defined in."""
     found = {}
     for key, kind in PLACES.items():
-        for place, part in _parts(experiment, key):
+        for place, part in experiment.parts(key):
             digest = catalog.source_hash(part, kind, experiment.base)
             if digest is not None:
                 found[place] = digest
     return found
-
-
-def _parts(experiment: Experiment, key: str) -> Iterator[tuple[str, catalog.Part]]:
-    """The parts that stand at a place of the experiment, each with its own key."""
-    thing: Any = experiment
-    for name in key.removesuffix("[]").split("."):
-        thing = getattr(thing, name)
-    if key.endswith("[]"):
-        yield from ((f"{key[:-2]}.{part.name}", part) for part in thing)
-    elif thing is not None:
-        yield key, getattr(thing, "part", thing)
 
 
 # ------------------------------------------------------------------------------------------------ the rounds and after
@@ -480,18 +490,61 @@ def _summary(under_way: _Run, store: RunStore, directory: Path) -> dict[str, Any
 def _notes(under_way: _Run) -> list[str]:
     """What a reader must know to read the figures right."""
     setup, data = under_way.assembly.setup, under_way.assembly.experiment.data
-    found = []
-    if batch_norms(setup.model) and setup.batch_norm == "recalibrate":
-        size = len(setup.population.server["proxy"])
-        found.append(
-            f"Batch norm was recalibrated on {size} unlabelled proxy examples that the server holds, taken from the"
-            f" source {data.source.name!r}; clients' statistics stay with them."
-        )
-    if batch_norms(setup.model) and setup.batch_norm == "batch":
-        found.append("Batch norm used each evaluation batch's own statistics, so a prediction depends on its batch.")
+    found = [describe(setup.recipe.regularization)]
+    if batch_norms(setup.model):
+        found.append(_batch_norm_note(setup, data.source.name))
+    if setup.recipe.dp_sgd is not None:
+        found.append(_privacy_note(setup.recipe.dp_sgd))
     if under_way.stopped:
         found.append(f"A callback ended the run after round {under_way.simulation.round}.")
-    return found
+    return [note for note in found if note]
+
+
+def _batch_norm_note(setup: Setup, source: str) -> str:
+    stays = {
+        "share_affine": "clients' statistics stay with them",
+        "local": "all of batch norm stays with the clients",
+        "share_all": "clients send their statistics",
+    }[setup.recipe.batch_norm]
+    if setup.batch_norm == "recalibrate":
+        size = len(setup.population.server["proxy"])
+        return (
+            f"Batch norm was recalibrated on {size} unlabelled proxy examples that the server holds, taken from the"
+            f" source {source!r}; {stays}."
+        )
+    return {
+        "batch": "Batch norm used each evaluated batch's own statistics, so a prediction depends on its batch;"
+        f" {stays}.",
+        "shared": "Batch norm used the statistics of the last cohort, pooled: mean of the variances and variance of the"
+        " means.",
+        "clients": f"Clients tested, each with batch norm's statistics of its own training inputs; {stays}.",
+        "clients_stored": "Clients tested, each with batch norm's running statistics of its own training, or of its"
+        f" training inputs where it has not trained yet; {stays}.",
+    }[setup.batch_norm]
+
+
+def _privacy_note(dp: DpSgd) -> str:
+    if not dp.noise_multiplier:
+        return "DP-SGD clipped each example's gradient and added no noise, so epsilon is infinite: there is no privacy."
+    told = privacy(dp)
+    return (
+        f"Epsilon is the largest that a client has spent: by {told['unit']}, {told['relation']}, {told['trust']} trust,"
+        f" delta {dp.delta:g}, {told['accountant']} accountant; it covers {told['covers']}."
+    )
+
+
+def privacy(dp: DpSgd) -> dict[str, Any]:
+    """What kind of epsilon DP-SGD on clients gives."""
+    return {
+        "unit": "example",
+        "relation": "add or remove one" if dp.sampling == "poisson" else "replace one by nothing",
+        "trust": "local",
+        "delta": dp.delta,
+        "accountant": dp.accountant,
+        "noise_multiplier": dp.noise_multiplier,
+        "max_grad_norm": dp.max_grad_norm,
+        "covers": "the released weights only: not metrics, not the trials of tune",
+    }
 
 
 def sha256(row: Tensor) -> str:

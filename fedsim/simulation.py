@@ -10,12 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clients.batches import work
 from clients.errors import RunError
 from clients.evaluation import Total, add_totals
-from clients.training import PERSONAL
+from clients.local_state import PERSONAL
+from clients.statistics import STATISTICS
 from clients.updates import Updates
 from fedsim.engines.engine import Engine, Result
 from fedsim.execution import chunk_sizes
@@ -28,6 +29,9 @@ from strategies.context import Context
 
 _EXAMPLES_A_PIECE = 4096
 _CLIENTS_A_PIECE = 64
+
+#: The largest epsilon that any client has spent, among the state that is checkpointed.
+_EPSILON = "dp_sgd/epsilon"
 
 ClientState = dict[str, tuple[Tensor, Tensor]]
 
@@ -94,9 +98,11 @@ class Simulation:
         self.round = 0
         self.weights = self.layout.flatten(setup.model)
         self.state = self.strategy.init(self._context(0))
-        self.kept = self.strategy.client_state(self._context(0))
-        if self.layout.personal.size:
-            self.kept[PERSONAL] = self.layout.personal.size
+        self.kept = self.strategy.client_state(self._context(0)) | setup.kept
+        if setup.recipe.batch_norm == "share_all" and setup.statistics is not None:
+            self.state[STATISTICS] = torch.zeros(setup.statistics.kept_size, dtype=self.layout.dtype)
+        if setup.recipe.dp_sgd is not None:
+            self.state[_EPSILON] = torch.zeros((), dtype=torch.float64)
         self._staged: ClientState = {}
         self._local: Worker | None = None
         self._version = 0
@@ -148,9 +154,13 @@ class Simulation:
             bytes_down=len(cohort) * self._bytes_down(),
             train_seconds=sum(chunk["seconds"] for chunk in found.chunks),
         )
-        raised = [event for event in found.events if event.kind == "client_failed"]
+        if _EPSILON in self.state:
+            spent = [client["epsilon"] for client in found.clients]
+            self.state[_EPSILON] = torch.tensor(max([float(self.state[_EPSILON]), *spent]), dtype=torch.float64)
+            record.epsilon = float(self.state[_EPSILON])
+        raised = [event for event in found.events if event.kind in ("client_failed", "too_few_examples")]
         if number == 1 and len(cohort) and len(raised) == len(cohort):
-            raise RunError(f"round 1: all {len(cohort)} clients raised; client {raised[0].client}: {raised[0].message}")
+            raise RunError(f"round 1: all {len(cohort)} clients failed; client {raised[0].client}: {raised[0].message}")
         self._combine(found, ctx, record)
         self.round = number
         self._staged = {
@@ -180,8 +190,12 @@ class Simulation:
         return ids.astype(np.int64)
 
     def _bytes_down(self) -> int:
-        sent = self.strategy.broadcast(self.state).values()
-        return self.weights.nbytes + sum(value.nbytes for value in sent)
+        sent = [*self.strategy.broadcast(self.state).values(), *self._statistics().values()]
+        return self.weights.nbytes + sum(value.nbytes for value in sent if value is not None)
+
+    def _statistics(self) -> dict[str, Tensor | None]:
+        """Batch norm's statistics as they are broadcast, where clients share them."""
+        return {"statistics": self.state.get(STATISTICS)}
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -197,6 +211,7 @@ class Simulation:
             "weights": self._broadcast_weights(self.weights),
             "state": self.strategy.broadcast(self.state),
             "rows": rows,
+            **self._statistics(),
         }
         for result in self.engine.map("train", chunks, broadcast):
             self._collect(result, found, ctx)
@@ -256,20 +271,18 @@ class Simulation:
         if not len(u):
             return
         assert u.nbytes is not None
-        columns = (u.clients, u.examples, u.steps, u.weights, trained.loss, trained.norms, u.nbytes)
-        for client, examples, steps, weight, loss, norm, nbytes in zip(*(c.tolist() for c in columns), strict=True):
-            found.clients.append(
-                {
-                    "client": client,
-                    "chunk": chunk.number,
-                    "examples": examples,
-                    "steps": steps,
-                    "weight": weight,
-                    "loss": loss,
-                    "update_norm": norm,
-                    "bytes_up": nbytes,
-                }
-            )
+        columns = {
+            "client": u.clients,
+            "examples": u.examples,
+            "steps": u.steps,
+            "weight": u.weights,
+            "loss": trained.loss,
+            "update_norm": trained.norms,
+            "bytes_up": u.nbytes,
+            **trained.report,
+        }
+        for values in zip(*(column.tolist() for column in columns.values()), strict=True):
+            found.clients.append({"chunk": chunk.number, **dict(zip(columns, values, strict=True))})
         tensors = result.answer.tensors
         for name, value in tensors.items():
             if name.startswith("state:"):
@@ -297,7 +310,7 @@ class Simulation:
             message = f"{record.completed} of {record.cohort} clients' updates are usable and {needed} are needed"
             record.events.append(Event(ctx.round, "cohort_too_small", f"{message}; the weights are kept"))
             return
-        row, state, info = self.strategy.aggregate(found.total, self.state, ctx)
+        row, state, info = self.strategy.aggregate(found.total, self._pooled(found.total), ctx)
         if not bool(torch.isfinite(row).all()):
             message = f"{self.strategy!r} made NaN or infinite weights of finite updates; the weights are kept"
             record.events.append(Event(ctx.round, "weights_not_finite", message))
@@ -309,16 +322,28 @@ class Simulation:
             for client in record.clients:
                 client[name] = told.get(client["client"])
 
+    def _pooled(self, total: Updates) -> dict[str, Any]:
+        """The state with the cohort's batch-norm statistics, where clients shared them and their weights allow it."""
+        known, weight = self.setup.statistics, total.weights.sum()
+        if STATISTICS not in total.sends or known is None or not float(weight) > 0:
+            return self.state
+        row = known.pooled(total.sends[STATISTICS].sum(0), weight).to(self.layout.dtype)
+        return {**self.state, STATISTICS: known.kept(row[None], total.steps.sum(0, keepdim=True))[0]}
+
     # ------------------------------------------------------------------------------------------ judging
 
     def judge(self, record: RoundRecord) -> None:
         """Metrics on the server's test and validation splits, and on the clients' own where asked for."""
         metrics: dict[str, dict[str, float]] = {}
-        if not self.layout.personal.size:  # else the server has no whole model
+        kept = self.state.get(STATISTICS)
+        if self.setup.batch_norm == "shared" and kept is not None and not float(kept[-1]):
+            # No client has sent statistics yet, and those that batch norm is made with would give no meaningful number.
+            return
+        if self.setup.server_has_all:
             for split in ("test", "validation"):
                 if split in self.population.server:
                     metrics[split] = self.evaluate(self.weights, split)
-        if self.experiment.evaluation.clients or self.layout.personal.size:
+        if self.experiment.evaluation.clients or not self.setup.server_has_all:
             for split in ("test", "validation"):
                 if split in self.population.splits:
                     metrics[f"client_{split}"] = self._judge_clients(split, record)
@@ -333,7 +358,9 @@ class Simulation:
         pieces = [Piece(split, start, min(start + _EXAMPLES_A_PIECE, count)) for start in starts]
         total: Total = {}
         for result in self.engine.map("evaluate", pieces, self._evaluated(row)):
-            total = add_totals(total, self._totals(result)[0])
+            part = self._totals(result)[0]
+            assert part is not None
+            total = add_totals(total, part)
         return {**self.setup.task.metrics(total), "examples": int(total["examples"][0])}
 
     def _judge_clients(self, split: str, record: RoundRecord) -> dict[str, float]:
@@ -342,30 +369,38 @@ class Simulation:
         pieces = []
         for start in range(0, len(ids), _CLIENTS_A_PIECE):
             some = ids[start : start + _CLIENTS_A_PIECE]
-            state = {}
-            if PERSONAL in self.kept:
-                state = {PERSONAL: self._personal(some)}
+            state = {name: self._newest(name, some) for name in (PERSONAL, STATISTICS) if name in self.kept}
             pieces.append(Piece(split, clients=some, state=state))
         pooled: Total = {}
         means: dict[str, list[float]] = {}
+        without: list[int] = []
         for result in self.engine.map("evaluate", pieces, self._evaluated(self.weights)):
             for client, total in zip(result.chunk.clients.tolist(), self._totals(result), strict=True):
+                if total is None:
+                    without.append(client)
+                    continue
                 pooled = add_totals(pooled, total)
                 found = self.setup.task.metrics(total)
                 count = int(total["examples"][0])
                 record.client_metrics.append({"client": client, "split": f"client_{split}", "examples": count, **found})
                 for name, value in found.items():
                     means.setdefault(name, []).append(value)
+        if without:
+            few = f"{len(without)} clients hold too few training examples to estimate batch norm's statistics on"
+            listed = ", ".join(map(str, without[:5])) + (", ..." if len(without) > 5 else "")
+            message = f"{few} and are left out of {split}: {listed}"
+            record.events.append(Event(record.round, "not_evaluated", message, without[0], "evaluation"))
+        if not pooled:
+            return {"examples": 0, "clients": 0}
         whole: dict[str, float] = {**self.setup.task.metrics(pooled), "examples": int(pooled["examples"][0])}
         whole |= {f"{name}_client_mean": float(np.mean(values)) for name, values in means.items()}
-        return {**whole, "clients": len(ids)}
+        return {**whole, "clients": len(ids) - len(without)}
 
-    def _personal(self, ids: np.ndarray) -> Tensor:
-        """The clients' personal parameters, this round's new ones included, as offsets from the first weights."""
-        width = self.kept[PERSONAL]
-        rows = self.store.client_state(PERSONAL, ids.tolist(), width, self.layout.dtype)
-        if PERSONAL in self._staged:
-            fresh_ids, fresh = self._staged[PERSONAL]
+    def _newest(self, name: str, ids: np.ndarray) -> Tensor:
+        """What the clients keep under that name, ``[k, m]``, this round's included."""
+        rows = self.store.client_state(name, ids.tolist(), self.kept[name], self.layout.dtype)
+        if name in self._staged:
+            fresh_ids, fresh = self._staged[name]
             places = {int(client): i for i, client in enumerate(ids)}
             for client, row in zip(fresh_ids.tolist(), fresh, strict=True):
                 if client in places:
@@ -374,9 +409,10 @@ class Simulation:
 
     def _evaluated(self, row: Tensor) -> dict[str, Any]:
         self._version += 1
-        return {"round": self.round, "weights": self._broadcast_weights(row), "version": self._version}
+        weights = self._broadcast_weights(row)
+        return {"round": self.round, "weights": weights, "version": self._version, **self._statistics()}
 
-    def _totals(self, result: Result) -> Sequence[Total]:
+    def _totals(self, result: Result) -> Sequence[Total | None]:
         if result.answer is None:
             raise RunError(f"round {self.round}, evaluation: the worker was lost every time ({result.lost})")
         return result.answer.value
@@ -385,17 +421,29 @@ class Simulation:
 
     def check_context(self) -> CheckContext:
         """What a check sees after the last round."""
+        worker = self._own_worker()
+        worker.load(self._evaluated(self.weights))
+        model = copy.deepcopy(worker.evaluator.model)
+        return CheckContext(**vars(self._context(self.round)), model=model, updates=self._cohort_rows)
+
+    def client_model(self, client: int) -> nn.Module:
+        """A client's own model as it stands now: the global weights with what the client keeps in their place.
+
+        Batch norm's running statistics are the client's where it keeps them, else estimated on its training inputs.
+        """
+        worker, ids = self._own_worker(), np.array([client])
+        state = {name: self._newest(name, ids)[0] for name in (PERSONAL, STATISTICS) if name in self.kept}
+        worker.load_client(client, state, batch_norm_of_client=True, broadcast=self._evaluated(self.weights))
+        return copy.deepcopy(worker.evaluator.model)
+
+    def _own_worker(self) -> Worker:
         if self._local is None:
             self._local = Worker(self.setup)
-        self._local.evaluator.load(self.weights)
-        model = copy.deepcopy(self._local.evaluator.model)
-        return CheckContext(**vars(self._context(self.round)), model=model, updates=self._cohort_rows)
+        return self._local
 
     def _data(self, split: str) -> dict[str, Tensor]:
         columns = self.population.server[split]
         return columns.take(torch.arange(len(columns)))
 
     def _train_on_server(self, row: Tensor, split: str, round: int) -> Tensor:
-        if self._local is None:
-            self._local = Worker(self.setup)
-        return self._local.train_on_server(row, split, round)
+        return self._own_worker().train_on_server(row, split, round)

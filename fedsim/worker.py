@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients.evaluation import Evaluator, Total
+from clients.errors import RequestError
+from clients.evaluation import BatchNorm, Evaluator, Total
 from clients.hooks import ClientFailure, LocalTraining
+from clients.local_state import CORRECTION, PERSONAL, kept_state
+from clients.normalization import batch_norms
 from clients.optimizers import Optimizer
 from clients.recipe import Recipe
+from clients.schedules import Schedule
+from clients.statistics import STATISTICS, Statistics
 from clients.task import Batch, Task
-from clients.training import PERSONAL, Trained, Trainer
+from clients.training import Trained, Trainer
 from clients.updates import Updates
 from clients.weights import Layout
 from fedsim.data.population import Population
@@ -23,7 +28,7 @@ from fedsim.engines.engine import Answer
 from strategies.context import Context
 from strategies.strategy import Strategy
 
-_PROXY_BATCH = 4096
+_RECALIBRATED_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class TrainedChunk:
     updates: Updates
     loss: Tensor
     norms: Tensor
+    report: dict[str, Tensor]
     failures: list[ClientFailure]
 
 
@@ -92,28 +98,76 @@ class Setup:
     strategy: Strategy
     population: Population
     optimizer: Optimizer
+    schedule: Schedule
+    step_schedule: Schedule
     local_training: LocalTraining | None
+    statistics: Statistics | None
     stacked: bool
     seed: int
+    rounds: int
     batch_size: int
-    batch_norm: Literal["recalibrate", "batch"]
+    batch_norm: BatchNorm
 
     def __call__(self) -> Worker:
         return Worker(self)
 
-    def trainer(self, *, stacked: bool | None = None, **changes: Any) -> Trainer:
+    @property
+    def tracked(self) -> Statistics | None:
+        """Batch norm's running statistics, where training has to track them: they are kept or shared."""
+        tracks = self.recipe.batch_norm != "share_affine" or self.batch_norm == "clients_stored"
+        return self.statistics if tracks else None
+
+    @property
+    def server_has_all(self) -> bool:
+        """Whether the server has a whole model to judge: no parameters, and no needed statistics, are clients' own."""
+        own = bool(self.layout.personal.size)
+        return not own and not (batch_norms(self.model) and self.batch_norm in ("clients", "clients_stored"))
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Name -> length of what local training keeps for every client between rounds."""
+        return kept_state(self.recipe, self.layout, self.optimizer, self.tracked)
+
+    def trainer(self, **changes: Any) -> Trainer:
         """A trainer on the clients' training examples."""
-        of = self.population.splits["train"].of
+        splits = self.population.splits
         made: dict[str, Any] = {
+            "model": self.model,
+            "task": self.task,
             "recipe": self.recipe,
-            "members": of,
+            "layout": self.layout,
+            "examples": self.population.columns,
+            "members": splits["train"].of,
+            "validation": splits["validation"].of if "validation" in splits else None,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "step_schedule": self.step_schedule,
             "correction": self.strategy.correction,
             "local_training": self.local_training,
-            "stacked": self.stacked if stacked is None else stacked,
-            **changes,
+            "statistics": self.tracked,
+            "stacked": self.stacked,
+            "seed": self.seed,
+            "rounds": self.rounds,
         }
-        model, task, layout, examples = self.model, self.task, self.layout, self.population.columns
-        return Trainer(model, task, layout=layout, examples=examples, optimizer=self.optimizer, seed=self.seed, **made)
+        return Trainer(**{**made, **changes})
+
+    def evaluator(self, batch_norm: BatchNorm | None = None) -> Evaluator:
+        """An evaluator of the server's weights, or of clients'."""
+        return Evaluator(
+            self.model,
+            self.task,
+            self.layout,
+            self.batch_size,
+            batch_norm or self.batch_norm,
+            self.statistics,
+            self._proxy,
+        )
+
+    def _proxy(self) -> Iterator[Batch]:
+        columns = self.population.server.get("proxy")
+        if columns is not None:
+            for index in torch.arange(len(columns)).split(_RECALIBRATED_AT_ONCE):
+                yield columns.take(index)
 
 
 class Worker:
@@ -123,16 +177,8 @@ class Worker:
         self.setup = setup
         self.strategy, self.layout, self.population = setup.strategy, setup.layout, setup.population
         self.trainer = setup.trainer()
-        self.evaluator = Evaluator(
-            setup.model, setup.task, setup.layout, setup.batch_size, setup.batch_norm, self._proxy
-        )
+        self.evaluator = setup.evaluator()
         self.loaded: object = None
-
-    def _proxy(self) -> Iterator[Batch]:
-        columns = self.population.server.get("proxy")
-        if columns is not None:
-            for index in torch.arange(len(columns)).split(_PROXY_BATCH):
-                yield columns.take(index)
 
     def _context(self, broadcast: Mapping[str, Any]) -> Context:
         return Context(
@@ -146,11 +192,13 @@ class Worker:
         u = trained.updates
         kept = {name: value[self._places(chunk, u)] for name, value in chunk.state.items()}
         norms = u.rows.norm(dim=1)
+        state = {}
         if len(u):
             u, fresh = self.strategy.contribute(u, broadcast["state"], kept, ctx)
-            state = {**{_kept_name(name): value for name, value in trained.state.items()}, **fresh}
-        else:
-            state = {}
+            state = {**trained.state, **fresh}
+            if STATISTICS in u.sends and self.setup.statistics is not None:
+                # Billed as they were sent; from here on they travel as moments, which add.
+                u = u.send(**{STATISTICS: self.setup.statistics.moments(u.sends[STATISTICS], u.weights)})
         tensors = {f"state:{name}": value.contiguous() for name, value in state.items()}
         if broadcast["rows"] is not None:
             broadcast["rows"][torch.from_numpy(chunk.slots)[self._places(chunk, u)]] = u.rows
@@ -159,14 +207,15 @@ class Worker:
             tensors["sum"] = total.rows
             tensors |= {f"send:{name}": value for name, value in total.sends.items()}
         small = u.replace(rows=u.rows.new_empty(len(u), 0), sends=u.sends if broadcast["rows"] is not None else {})
-        return Answer(TrainedChunk(small, trained.loss, norms, trained.failures), tensors)
+        return Answer(TrainedChunk(small, trained.loss, norms, trained.report, trained.failures), tensors)
 
     def _trained(self, chunk: Chunk, broadcast: Mapping[str, Any]) -> Trained:
-        correction = {name: chunk.state[f"correction/{name}"] for name in self.strategy.correction.client_state}
-        if PERSONAL in chunk.state:
-            correction[PERSONAL] = chunk.state[PERSONAL]
-        server = {name[11:]: value for name, value in broadcast["state"].items() if name.startswith("correction/")}
-        return self.trainer.train(chunk.clients, broadcast["weights"], broadcast["round"], correction, server)
+        mine = {name for name in chunk.state if name.startswith(CORRECTION)} | set(self.setup.kept)
+        server = {name: value for name, value in broadcast["state"].items() if name.startswith(CORRECTION)}
+        if broadcast["statistics"] is not None:
+            server[STATISTICS] = broadcast["statistics"]
+        state = {name: chunk.state[name] for name in mine}
+        return self.trainer.train(chunk.clients, broadcast["weights"], broadcast["round"], state, server)
 
     @staticmethod
     def _places(chunk: Chunk, u: Updates) -> Tensor:
@@ -176,40 +225,81 @@ class Worker:
     def evaluate(self, piece: Piece, broadcast: Mapping[str, Any]) -> Answer:
         """Summed statistics: of a range of a server split, or for each of some clients on its own split."""
         if piece.clients is None:
-            self._load(broadcast)
+            self.load(broadcast)
             index = torch.arange(piece.start, piece.stop)
             return Answer([self.evaluator.totals(self.population.server[piece.split], index)])
         return Answer([self._client(piece, i, broadcast) for i in range(len(piece.clients))])
 
-    def _client(self, piece: Piece, i: int, broadcast: Mapping[str, Any]) -> Total:
+    def _client(self, piece: Piece, i: int, broadcast: Mapping[str, Any]) -> Total | None:
+        """One client's totals; None where batch norm has nothing to take its statistics from."""
         assert piece.clients is not None
-        personal = piece.state.get(PERSONAL)
-        if personal is None:
-            self._load(broadcast)
-        else:
-            start = self.trainer.start_personal
-            assert start is not None
-            self.evaluator.load(torch.cat([broadcast["weights"], start + personal[i]]), self.layout.all)
-            self.loaded = None
-        members = self.population.splits[piece.split].of(int(piece.clients[i]))
+        client = int(piece.clients[i])
+        state = {name: value[i] for name, value in piece.state.items()}
+        by_client = self.evaluator.normalizes and self.setup.batch_norm in ("clients", "clients_stored")
+        if PERSONAL not in state and not by_client:
+            self.load(broadcast)
+        elif not self.load_client(client, state, by_client, broadcast):
+            return None
+        members = self.population.splits[piece.split].of(client)
         return self.evaluator.totals(self.population.columns, torch.from_numpy(members))
 
-    def _load(self, broadcast: Mapping[str, Any]) -> None:
+    def load_client(
+        self, client: int, state: Mapping[str, Tensor], batch_norm_of_client: bool, broadcast: Mapping[str, Any]
+    ) -> bool:
+        """Puts a client's own model into the evaluator; False where batch norm has too few inputs to estimate on.
+
+        Args:
+            client: its id.
+            state: what it keeps, ``[m]`` each.
+            batch_norm_of_client: whether statistics are its stored ones, or estimated on its training inputs.
+            broadcast: the weights.
+        """
+        self.loaded = None
+        row, layout, statistics, inputs = broadcast["weights"], self.layout, self._shared(broadcast), None
+        if PERSONAL in state:
+            assert self.trainer.start_personal is not None
+            row, layout = torch.cat([row, self.trainer.start_personal + state[PERSONAL]]), self.layout.all
+        if batch_norm_of_client and self.evaluator.normalizes:
+            known, stored = self.setup.statistics, state.get(STATISTICS)
+            if known is not None and stored is not None and known.known(stored):
+                statistics = known.in_work(stored)
+            else:
+                members = torch.from_numpy(self.population.splits["train"].of(client))
+                inputs = [self.population.columns.take(part) for part in members.split(_RECALIBRATED_AT_ONCE)]
+        try:
+            self.evaluator.load(row, layout, statistics=statistics, inputs=inputs)
+        except RequestError:
+            return False  # too few inputs to estimate on
+        return True
+
+    def _shared(self, broadcast: Mapping[str, Any]) -> Tensor | None:
+        """The cohort's pooled statistics ``[2 c]``, where clients share them and some have."""
+        kept, known = broadcast["statistics"], self.setup.statistics
+        return known.in_work(kept) if kept is not None and known is not None and known.known(kept) else None
+
+    def load(self, broadcast: Mapping[str, Any]) -> None:
+        """Puts the server's weights into the evaluator, once for each version of them."""
         if self.loaded != broadcast["version"]:
-            self.evaluator.load(broadcast["weights"])
+            self.evaluator.load(broadcast["weights"], statistics=self._shared(broadcast))
             self.loaded = broadcast["version"]
 
     def train_on_server(self, row: Tensor, split: str, round: int) -> Tensor:
         """The clients' recipe on a server split, as if the server were a client of its own."""
         columns = self.population.server[split]
         members = np.arange(len(columns))
-        trainer = self.setup.trainer(stacked=False, members=lambda _: members, correction=None, local_training=None)
-        trainer.examples = columns
+        recipe = self.setup.recipe.model_copy(
+            update={"dp_sgd": None, "early_stopping": None, "optimizer_state": "reset", "batch_norm": "share_affine"}
+        )
+        trainer = self.setup.trainer(
+            recipe=recipe,
+            stacked=False,
+            examples=columns,
+            members=lambda _: members,
+            correction=None,
+            local_training=None,
+            statistics=None,
+        )
         trained = trainer.train(np.array([-1]), row, round)
         if trained.failures:
             raise RuntimeError(f"round {round}, server training on {split!r}: {trained.failures[0].message}")
         return row + trained.updates.rows[0]
-
-
-def _kept_name(name: str) -> str:
-    return name if name == PERSONAL else f"correction/{name}"

@@ -154,7 +154,7 @@ def build(source: Source, data: DataSettings, seed: int, base: Path | None = Non
         base=base,
     )
     whole = CSR(rest[order], offsets)
-    splits = _client_splits(whole, data.client_validation_fraction, data.client_test_fraction, seed)
+    splits = _client_splits(whole, data.client_validation_fraction, data.client_test_fraction or 0.0, seed)
     _check_cover(len(pool), [drawn, *(csr.order for csr in splits.values())])
     name = "x" if "x" in pool.names else next((name for name in pool.names if name != label), pool.names[0])
     return Population(

@@ -39,5 +39,5 @@ def test_some_that_raise_are_recorded_and_the_others_count(engine, tmp_path):
 
 
 def test_all_that_raise_from_the_start_end_the_run_with_the_reason(tmp_path):
-    with pytest.raises(RunError, match=r"round 1: all 10 clients raised; client \d+: ArithmeticError: no -1 here"):
+    with pytest.raises(RunError, match=r"round 1: all 10 clients failed; client \d+: ArithmeticError: no -1 here"):
         fedsim.run(fedsim.Experiment(task=Picky(-1), **SETTINGS), out=tmp_path / "run", engine="inline")

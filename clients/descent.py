@@ -1,0 +1,210 @@
+"""The local steps of a stack of clients, from gradients to weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients.batches import Schedule as Batches
+from clients.batches import Work
+from clients.early_stopping import Watch
+from clients.examples import Examples, in_precision
+from clients.hooks import Variables
+from clients.local_state import STEPS, Stack
+from clients.objective import Executor, Objective
+from clients.optimizers import Optimizer
+from clients.recipe import Recipe
+from clients.regularization import Penalties, clip_norm
+from clients.schedules import Constant, Schedule
+from clients.task import loss_and_weights
+
+_VALIDATION_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The learning rate of every local step.
+
+    Attributes:
+        lr: before schedules.
+        by_round: factor by round.
+        by_step: factor by local step, over each client's own steps of the round.
+        rounds: how many rounds there are in all.
+    """
+
+    lr: float
+    by_round: Schedule
+    by_step: Schedule
+    rounds: int
+
+    def at(self, round: int, step: int, steps: Tensor, dtype: torch.dtype) -> float | Tensor:
+        """One rate for all, or ``[k, 1]`` where each client's depends on its number of steps ``[k]``."""
+        lr = self.lr * float(self.by_round.factor(max(round - 1, 0), self.rounds))
+        if self.by_step == Constant():
+            return lr
+        return lr * torch.as_tensor(self.by_step.factor(step, steps), dtype=dtype).reshape(-1, 1)
+
+
+class Descent:
+    """Runs the steps of stacks. An executor fills the gradients; all else works on the whole block.
+
+    Args:
+        objective: what is minimised.
+        executor: how gradients are found.
+        recipe: how clients train.
+        optimizer: the local optimiser.
+        rates: learning rates.
+        examples: the pool that examples are taken from.
+        validation: client id -> positions of its validation examples, for early stopping.
+        by_length: whether short batches train in stacks of their own instead of being masked.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        executor: Executor,
+        recipe: Recipe,
+        optimizer: Optimizer,
+        rates: Rates,
+        examples: Examples,
+        validation: Callable[[int], np.ndarray] | None,
+        by_length: bool,
+    ):
+        self.objective, self.executor, self.recipe, self.optimizer = objective, executor, recipe, optimizer
+        self.rates, self.examples, self.validation, self.by_length = rates, examples, validation, by_length
+        self.model, self.correction = objective.module.model, objective.correction
+        self.layout, self.block = objective.layout, objective.layout.all
+        self.buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        self.penalties = Penalties(recipe.regularization, self.model, self.block)
+        self._blocks: dict[str, Tensor] = {}
+
+    def scratch(self, name: str, k: int) -> Tensor:
+        """A block ``[k, D]`` for work in progress, the same memory each time: fresh pages are costly."""
+        if name not in self._blocks or len(self._blocks[name]) < k:
+            self._blocks[name] = torch.empty(k, self.block.size, dtype=self.block.dtype)
+        return self._blocks[name][:k]
+
+    def run(self, stack: Stack, done: Work, plan: Batches, v: Variables) -> tuple[Tensor, Tensor]:
+        """Runs a stack's steps, in place.
+
+        Args:
+            stack: the clients' blocks.
+            done: their work.
+            plan: their batches.
+            v: what a correction reads.
+
+        Returns:
+            Each client's mean loss ``float64 [k]`` and the steps that it took ``int64 [k]``.
+        """
+        for name, buffer in self.model.named_buffers():
+            if name not in stack.buffers:
+                buffer.copy_(self.buffers[name])
+        rows, k = stack.rows, len(stack.rows)
+        grads = self.scratch("grads", k)
+        watch = self._watch(stack, done)
+        total, seen = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
+        taken = torch.from_numpy(done.steps)
+        with torch.no_grad():
+            for step, active in enumerate(plan.active):
+                w, g = rows[:active], grads[:active]
+                here = v
+                if v.client:
+                    here = replace(v, client={name: value[:active] for name, value in v.client.items()})
+                buffers = {name: buffer[:active] for name, buffer in stack.buffers.items()}
+                losses = self._gradients(w, g, plan, step, here, buffers)
+                count = plan.count[step, :active]
+                if watch is not None:
+                    count = count * ~watch.stopped[:active]
+                total[:active] += losses * count
+                seen[:active] += count
+                self._step(w, g, stack, here, step, taken[:active])
+                if watch is not None and watch.look(step, active):
+                    break
+        if watch is not None:
+            watch.restore()
+            taken = watch.steps
+        return total / seen.clamp(min=1), taken
+
+    def _step(self, w: Tensor, g: Tensor, stack: Stack, v: Variables, step: int, steps: Tensor) -> None:
+        """From the gradients of a step to the weights after it, in place."""
+        active, shared, penalties = len(w), self.layout.size, self.penalties
+        if self.recipe.gradient_clip is not None:
+            clip_norm(g, self.recipe.gradient_clip)
+        if self.correction.changes_gradient:
+            changed = self.correction.gradient(g[:, :shared], w[:, :shared], v, step)
+            if changed.data_ptr() != g.data_ptr():
+                g[:, :shared] = changed
+        penalties.gradient(g, w, v.weights, shared)
+        lr = self.rates.at(v.round, step, steps, w.dtype)
+        penalties.before(w, lr)
+        count: int | Tensor = stack.state[STEPS][:active] + step if STEPS in stack.state else step
+        self.optimizer.step(w, g, {name: block[:active] for name, block in stack.moments.items()}, lr, count)
+        penalties.after(w, lr)
+
+    def _watch(self, stack: Stack, done: Work) -> Watch | None:
+        if self.recipe.early_stopping is None or self.validation is None:
+            return None
+        blocks = {"rows": stack.rows, **stack.buffers, **stack.moments}
+        per_epoch, losses = torch.from_numpy(done.per_epoch), torch.full((len(stack.rows),), torch.nan).double()
+        stack.report["validation_loss"] = losses
+
+        def loss(place: int) -> float | None:
+            found = self._validation_loss(stack, place)
+            if found is not None:
+                losses[place] = found if torch.isnan(losses[place]) else min(found, float(losses[place]))
+            return found
+
+        return Watch(self.recipe.early_stopping, per_epoch, blocks, loss)
+
+    def _validation_loss(self, stack: Stack, place: int) -> float | None:
+        """The task's loss of one client's weights on its own validation examples, dropout off."""
+        assert self.validation is not None
+        members = torch.from_numpy(self.validation(int(stack.clients[place])))
+        if not len(members):
+            return None
+        buffers = {name: buffer[place] for name, buffer in stack.buffers.items()}
+        total, weight = 0.0, 0.0
+        self.model.eval()
+        try:
+            for part in members.split(_VALIDATION_BATCH):
+                batch = self._take(part)
+                outputs = self.objective.module.with_weights(
+                    {**self.block.unflatten(stack.rows[place]), **buffers}, batch
+                )
+                values, weights = loss_and_weights(self.objective.module.task, outputs, batch)
+                weights = torch.ones_like(values) if weights is None else weights
+                total += float((values * weights).sum(dtype=torch.float64))
+                weight += float(weights.sum(dtype=torch.float64))
+        finally:
+            self.model.train()
+        return total / weight if weight else None
+
+    def _gradients(
+        self, w: Tensor, g: Tensor, plan: Batches, step: int, v: Variables, buffers: dict[str, Tensor]
+    ) -> Tensor:
+        active = len(w)
+        self.objective.count_from(step)
+        index, mask = plan.index[step, :active], plan.mask(step, active)
+        if mask is None or not self.by_length:
+            return self.executor.gradients(w, g, self._take(index), mask, v, buffers)
+        if active == 1:
+            return self.executor.gradients(w, g, self._take(index[:, : int(plan.count[step, 0])]), None, v, buffers)
+        losses = torch.empty(active, dtype=w.dtype)
+        for length in plan.count[step, :active].unique().tolist():
+            these = (plan.count[step, :active] == length).nonzero()[:, 0]
+            part = torch.empty(len(these), w.shape[1], dtype=w.dtype)
+            here = replace(v, client={name: value[these] for name, value in v.client.items()})
+            some = {name: buffer[these] for name, buffer in buffers.items()}
+            self.objective.count_from(step)
+            losses[these] = self.executor.gradients(w[these], part, self._take(index[these, :length]), None, here, some)
+            g[these] = part
+            for name, buffer in some.items():
+                buffers[name][these] = buffer
+        return losses
+
+    def _take(self, index: Tensor) -> dict[str, Tensor]:
+        return in_precision(self.examples.take(index), self.block.dtype)
