@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from clients.early_stopping import Watch
 from clients.examples import Examples, in_precision
 from clients.hooks import Variables
 from clients.local_state import STEPS, Stack
+from clients.normalization import batch_norms
 from clients.objective import Executor, Objective
 from clients.optimizers import Optimizer
 from clients.recipe import Recipe
@@ -41,12 +44,20 @@ class Rates:
     by_step: Schedule
     rounds: int
 
-    def at(self, round: int, step: int, steps: Tensor, dtype: torch.dtype) -> float | Tensor:
+    def of(self, round: int) -> float:
+        """The round's rate."""
+        return self.lr * float(self.by_round.factor(max(round - 1, 0), self.rounds))
+
+    def at(self, step: int, steps: Tensor, of_round: float, dtype: torch.dtype) -> float | Tensor:
         """One rate for all, or ``[k, 1]`` where each client's depends on its number of steps ``[k]``."""
-        lr = self.lr * float(self.by_round.factor(max(round - 1, 0), self.rounds))
-        if self.by_step == Constant():
-            return lr
-        return lr * torch.as_tensor(self.by_step.factor(step, steps), dtype=dtype).reshape(-1, 1)
+        if self.constant:
+            return of_round
+        return of_round * torch.as_tensor(self.by_step.factor(step, steps), dtype=dtype).reshape(-1, 1)
+
+    @cached_property
+    def constant(self) -> bool:
+        """Whether all local steps have the round's rate."""
+        return self.by_step == Constant()
 
 
 class Descent:
@@ -80,6 +91,7 @@ class Descent:
         self.layout, self.block = objective.layout, objective.layout.all
         self.buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.penalties = Penalties(recipe.regularization, self.model, self.block)
+        self.cumulative = [norm for norm in batch_norms(self.model) if norm.num_batches_tracked is not None]
         self._blocks: dict[str, Tensor] = {}
 
     def scratch(self, name: str, k: int) -> Tensor:
@@ -106,8 +118,8 @@ class Descent:
         rows, k = stack.rows, len(stack.rows)
         grads = self.scratch("grads", k)
         watch = self._watch(stack, done)
-        total, seen = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
-        taken = torch.from_numpy(done.steps)
+        total, seen = torch.zeros(k, dtype=torch.float64), plan.count.sum(0)
+        taken, lr = torch.from_numpy(done.steps), self.rates.of(v.round)
         with torch.no_grad():
             for step, active in enumerate(plan.active):
                 w, g = rows[:active], grads[:active]
@@ -119,17 +131,18 @@ class Descent:
                 count = plan.count[step, :active]
                 if watch is not None:
                     count = count * ~watch.stopped[:active]
+                    seen[:active] += count - plan.count[step, :active]
                 total[:active] += losses * count
-                seen[:active] += count
-                self._step(w, g, stack, here, step, taken[:active])
+                self._step(w, g, stack, here, step, self.rates.at(step, taken[:active], lr, w.dtype))
                 if watch is not None and watch.look(step, active):
+                    seen -= plan.count[step + 1 :].sum(0)
                     break
         if watch is not None:
             watch.restore()
             taken = watch.steps
         return total / seen.clamp(min=1), taken
 
-    def _step(self, w: Tensor, g: Tensor, stack: Stack, v: Variables, step: int, steps: Tensor) -> None:
+    def _step(self, w: Tensor, g: Tensor, stack: Stack, v: Variables, step: int, lr: float | Tensor) -> None:
         """From the gradients of a step to the weights after it, in place."""
         active, shared, penalties = len(w), self.layout.size, self.penalties
         if self.recipe.gradient_clip is not None:
@@ -139,7 +152,6 @@ class Descent:
             if changed.data_ptr() != g.data_ptr():
                 g[:, :shared] = changed
         penalties.gradient(g, w, v.weights, shared)
-        lr = self.rates.at(v.round, step, steps, w.dtype)
         penalties.before(w, lr)
         count: int | Tensor = stack.state[STEPS][:active] + step if STEPS in stack.state else step
         self.optimizer.step(w, g, {name: block[:active] for name, block in stack.moments.items()}, lr, count)
@@ -183,11 +195,16 @@ class Descent:
             self.model.train()
         return total / weight if weight else None
 
+    def _count_from(self, step: int) -> None:
+        """Tells batch norms with a cumulative average which step of the round this is."""
+        for norm in self.cumulative:
+            cast(Tensor, norm.num_batches_tracked).fill_(step)
+
     def _gradients(
         self, w: Tensor, g: Tensor, plan: Batches, step: int, v: Variables, buffers: dict[str, Tensor]
     ) -> Tensor:
         active = len(w)
-        self.objective.count_from(step)
+        self._count_from(step)
         index, mask = plan.index[step, :active], plan.mask(step, active)
         if mask is None or not self.by_length:
             return self.executor.gradients(w, g, self._take(index), mask, v, buffers)
@@ -199,7 +216,7 @@ class Descent:
             part = torch.empty(len(these), w.shape[1], dtype=w.dtype)
             here = replace(v, client={name: value[these] for name, value in v.client.items()})
             some = {name: buffer[these] for name, buffer in buffers.items()}
-            self.objective.count_from(step)
+            self._count_from(step)
             losses[these] = self.executor.gradients(w[these], part, self._take(index[these, :length]), None, here, some)
             g[these] = part
             for name, buffer in some.items():

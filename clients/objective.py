@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from clients.hooks import Correction, Variables
-from clients.statistics import count_from, untracked
+from clients.statistics import untracked
 from clients.task import Batch, Task, loss_and_weights, one_each
 from clients.weights import Layout
 
@@ -116,10 +116,6 @@ class Objective:
         layout = self.layout if row.shape[-1] == self.layout.size else self.layout.all
         with untracked(self.module):
             return self.module.with_weights(layout.unflatten(row), batch)
-
-    def count_from(self, step: int) -> None:
-        """Tells batch norms with a cumulative average which step of the round this is."""
-        count_from(self.module, step)
 
 
 def _times(mask: Tensor | None, weights: Tensor | None) -> Tensor | None:

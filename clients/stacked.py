@@ -8,7 +8,6 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clients.hooks import Variables
 from clients.objective import Buffers, Objective
@@ -51,8 +50,7 @@ class StackedExecutor:
             outputs = self.objective.module.with_weights({**tensors, **buffers}, columns)
             return self.objective(outputs, columns, real, replace(v, client=client))
 
-        # vmap has a rule for attention written out, and none for its fused kernel on a CPU.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad():
             loss, reported = torch.vmap(one, (0, 0, 0, None if mask is None else 0, 0), randomness="different")(
                 leaves.tensors, dict(statistics), batch, mask, dict(v.client)
             )

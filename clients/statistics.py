@@ -134,10 +134,3 @@ def untracked(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
-
-
-def count_from(model: nn.Module, step: int) -> None:
-    """Tells the layers that average cumulatively how many batches of this round they have seen."""
-    for norm in batch_norms(model):
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.fill_(step)

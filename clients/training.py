@@ -11,12 +11,14 @@ from __future__ import annotations
 import copy
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clients import randomness
 from clients.batches import Schedule as Batches
@@ -138,6 +140,10 @@ class Trainer:
         keep_padding(unroll_recurrent(self.model))
         return StackedExecutor(objective)
 
+    def _attention(self) -> AbstractContextManager[None]:
+        """vmap has a rule for attention written out, and none for its fused kernel on a CPU."""
+        return sdpa_kernel(SDPBackend.MATH) if isinstance(self.executor, StackedExecutor) else nullcontext()
+
     def work(self, clients: np.ndarray, round: int) -> Work:
         """How much these clients train in this round."""
         sizes = np.array([len(self.members(client)) for client in clients.tolist()], dtype=np.int64)
@@ -204,7 +210,7 @@ class Trainer:
         self, clients: np.ndarray, weights: Tensor, round: int, state: dict[str, Tensor], server: dict[str, Tensor]
     ) -> tuple[list[Trained], list[ClientFailure]]:
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), self._attention():
                 # Dropout and the like draw from torch's own generator: one key a stack.
                 torch.default_generator.manual_seed(randomness.key(self.seed, "model", round, int(clients[0])))
                 return [self._train(clients, weights, round, state, server)], []
