@@ -3,11 +3,15 @@ from __future__ import annotations
 import math
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
+import fedsim
 from clients.errors import RequestError
 from clients.initialization import fans, initialize
+from clients.weights import Layout
+from strategies import Aggregator
 
 VARIANCE = {
     "xavier_uniform": lambda i, o: 2 / (i + o),
@@ -44,14 +48,31 @@ def test_fans_where_torch_has_them_wrong():
     assert fans(nn.ConvTranspose2d(8, 16, 3)) == (72, 144)
 
 
-def test_he_keeps_the_variance_through_twenty_relu_layers():
-    net = nn.Sequential(*[part for _ in range(20) for part in (nn.Linear(256, 256), nn.ReLU())])
-    initialize(net, "he_normal", seed=1)
-    x = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("seed", range(3))
+def test_he_keeps_the_variance_through_twenty_relu_layers_of_width_1024(seed):
+    net = nn.Sequential(*[part for _ in range(20) for part in (nn.Linear(1024, 1024), nn.ReLU())])
+    initialize(net, "he_normal", seed=seed)
+    x = torch.randn(128, 1024, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         ratio = float(net(x).square().mean() / x.square().mean())
-    # Wide enough for a width of 256; the default initialisation ends below 1e-6.
-    assert 0.25 < ratio < 4
+    assert 0.5 < ratio < 2
+
+
+def test_xavier_keeps_the_scale_of_tanh_layers_where_torchs_default_loses_it():
+    net = nn.Sequential(*[part for _ in range(20) for part in (nn.Linear(512, 512), nn.Tanh())])
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        kept = float(initialize(net, "xavier_normal", seed=0)(x).square().mean())
+        lost = float(initialize(net, "default", seed=0)(x).square().mean())
+    assert kept > 0.02
+    assert lost < kept / 10
+
+
+def test_settings_of_the_papers():
+    leaky = initialize(nn.Linear(400, 300), {"name": "he_normal", "slope": 0.5, "mode": "fan_out"}, seed=0).weight
+    assert abs(float(leaky.detach().std()) - math.sqrt(2 / (1.25 * 300))) < 1e-3
+    gained = initialize(nn.Linear(400, 300), {"name": "xavier_uniform", "gain": 5 / 3}, seed=0).weight
+    assert abs(float(gained.detach().std()) - 5 / 3 * math.sqrt(2 / 700)) < 2e-3
 
 
 def test_orthogonal_zeros_and_truncated_normal():
@@ -89,3 +110,143 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others():
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(RequestError, match="he_normal"):
         initialize(nn.Linear(2, 2), "he_norml", seed=0)
+
+
+def net():
+    layers = {"conv": nn.Conv2d(1, 3, 2), "norm": nn.BatchNorm2d(3), "hidden": nn.Linear(8, 6), "head": nn.Linear(6, 4)}
+    return nn.ModuleDict(layers)
+
+
+def test_layers_can_be_drawn_otherwise_by_pattern():
+    plain = initialize(net(), "he_normal", seed=0)
+    patterns = {"h*": {"name": "orthogonal", "gain": 2.0}, "head.*": "zeros"}
+    model = initialize(net(), "he_normal", seed=0, layers=patterns)
+    assert torch.equal(model["conv"].weight, plain["conv"].weight)
+    rows = model["hidden"].weight.detach()
+    assert torch.allclose(rows @ rows.T, 4 * torch.eye(6), atol=1e-5)
+    assert model["head"].weight.abs().sum() == 0  # the last pattern that matches wins
+    words = initialize(nn.Sequential(nn.Embedding(50, 8)), "he_normal", 0, layers={"0": "zeros"})
+    assert words[0].weight.abs().sum() == 0
+
+
+def test_patterns_alone_keep_the_rest_of_a_users_own_weights():
+    model = net()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    initialize(model, None, seed=0, layers={"head.weight": "xavier_normal"})
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"head.weight", "head.bias"}
+    assert model["head"].bias.abs().sum() == 0
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_the_layers_there_are(tmp_path):
+    with pytest.raises(
+        RequestError, match=r"client\.layer_initialization\.hed: matches no layer.*hidden, head.*'head'"
+    ):
+        initialize(net(), "he_normal", 0, layers={"hed": "zeros"})
+    with pytest.raises(RequestError, match="whole models"):
+        initialize(net(), "he_normal", 0, layers={"head": {"name": "file", "path": str(tmp_path)}})
+
+
+def from_file(model, path):
+    return initialize(model, {"name": "file", "path": str(path)}, seed=0)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
+def test_a_file_of_weights_comes_back_statistics_included(name, tmp_path):
+    saved = net()
+    saved["norm"].running_mean.fill_(3.0)
+    if name.endswith("pt"):
+        torch.save(saved.state_dict(), tmp_path / name)
+    else:
+        safetensors.torch.save_file(saved.state_dict(), tmp_path / name)
+    model = from_file(net(), tmp_path / name)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in saved.state_dict().items())
+    halves = {key: value.to(torch.bfloat16) for key, value in saved.named_parameters()}
+    torch.save(halves, tmp_path / "half.pt")  # buffers may be missing
+    assert torch.equal(from_file(net(), tmp_path / "half.pt")["head"].weight, halves["head.weight"].float())
+
+
+def test_tied_weights_need_one_of_their_names(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    torch.save({"a.bias": torch.ones(3), "b.bias": torch.ones(3), "b.weight": torch.eye(3)}, tmp_path / "w.pt")
+    assert torch.equal(from_file(model, tmp_path / "w.pt")["a"].weight, torch.eye(3))
+
+
+def test_everything_wrong_with_a_file_is_said_at_once(tmp_path):
+    state = dict(net().named_parameters())
+    del state["hidden.bias"]
+    state |= {"head.weight": torch.zeros(5, 6), "hed.bias": torch.zeros(4), "conv.bias": torch.full((3,), torch.nan)}
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(RequestError) as caught:
+        from_file(net(), tmp_path / "w.pt")
+    lines = "\n".join(caught.value.problems)
+    assert len(caught.value.problems) == 4
+    for said in ("has no 'hidden.bias'", "shape [5, 6]", "'hed.bias', which the model has not", "NaN"):
+        assert said in lines
+    assert all(line.startswith("client.initialization: ") for line in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda path: None, "no such file"),
+        (lambda path: path.write_bytes(b"not a file of weights"), "cannot be read|more than tensors"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
+        (lambda path: torch.save(net(), path), "save model.state_dict"),
+        (lambda path: torch.save({"state_dict": net().state_dict(), "epoch": 3}, path), "inside, under 'state_dict'"),
+        (lambda path: torch.save([1, 2], path), "no state dict"),
+    ],
+    ids=["missing", "text", "empty", "whole model", "nested", "list"],
+)
+def test_what_is_no_file_of_weights_is_refused(write, said, tmp_path):
+    path = tmp_path / "w.pt"
+    write(path)
+    with pytest.raises(RequestError, match=said):
+        from_file(net(), path)
+    damaged = tmp_path / "w.safetensors"
+    safetensors.torch.save_file({"x": torch.zeros(3)}, damaged)
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    with pytest.raises(RequestError, match="cannot be read"):
+        from_file(net(), damaged)
+    with pytest.raises(RequestError, match="without a run's checkpoints"):
+        from_file(net(), tmp_path)
+
+
+def test_a_run_starts_from_an_earlier_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = fedsim.run(fedsim.Experiment(rounds=2), out="first")
+    second = fedsim.Experiment(
+        rounds=1,
+        client={"initialization": {"name": "file", "path": "first"}, "layer_initialization": {"head": "zeros"}},
+    )
+    records = list(fedsim.rounds(second))
+    assert records[0].metrics["test"]["accuracy"] < 0.3  # a new head
+    kept = fedsim.Experiment(rounds=1, client={"initialization": {"name": "file", "path": "first"}})
+    (start, *_) = fedsim.rounds(kept)
+    assert start.metrics["test"] == first.metrics["test"]
+    resolved = kept.resolved()["client"]["initialization"]
+    assert resolved["path"] == str(tmp_path / "first")
+    layers = second.resolved()["client"]["layer_initialization"]
+    assert layers == {"head": "zeros"}
+    assert fedsim.Experiment(**second.resolved()).resolved() == second.resolved()
+
+
+class Recording(Aggregator):
+    """Remembers the weights that the first round started from."""
+
+    needs = "rows"
+    seen: list = []
+
+    def combine(self, u, state, ctx):
+        Recording.seen.append(ctx.weights.clone())
+        return u.rows.mean(0), state, {}
+
+
+def test_every_client_starts_from_the_servers_weights():
+    """With a learning rate of nearly nothing all clients' updates are nothing: they started where the server stands."""
+    made = fedsim.Experiment(rounds=1, client={"lr": 1e-30}, strategy={"aggregator": Recording()})
+    (_, record) = fedsim.rounds(made)
+    assert max(client["update_norm"] for client in record.clients) == 0
+    model = initialize(fedsim.models.mlp(input_shape=(64,), classes=10), "he_normal", seed=0)
+    assert torch.equal(Recording.seen[0], Layout(model).flatten(model))
