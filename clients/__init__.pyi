@@ -1,13 +1,17 @@
 from . import calls as calls
 from . import catalog as catalog
 from . import errors as errors
+from . import normalization as normalization
 from . import randomness as randomness
+from . import regularization as regularization
 from .errors import ClientError, FedsimError, RequestError, RunError
 from .hooks import ClientData, Correction, LocalContext, LocalTraining, Variables
 from .initialization import initialize
+from .normalization import recalibrate, replace_batch_norm
 from .optimizers import Optimizer
 from .parts import Part
 from .recipe import Recipe
+from .schedules import Schedule
 from .task import Classification, Multilabel, Regression, Segmentation, Task, Tokens
 from .updates import Updates
 from .weights import Layout
@@ -28,6 +32,7 @@ __all__ = [
     "Regression",
     "RequestError",
     "RunError",
+    "Schedule",
     "Segmentation",
     "Task",
     "Tokens",
@@ -37,5 +42,9 @@ __all__ = [
     "catalog",
     "errors",
     "initialize",
+    "normalization",
     "randomness",
+    "recalibrate",
+    "regularization",
+    "replace_batch_norm",
 ]

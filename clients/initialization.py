@@ -140,7 +140,7 @@ def is_weighted(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def initialize(
-    model: nn.Module,
+    module: nn.Module,
     name: str | Part | None,
     seed: int,
     base: Path | None = None,
@@ -153,7 +153,7 @@ def initialize(
     ``reset_parameters``. ``default`` lets every layer do that; ``file`` draws nothing.
 
     Args:
-        model: changed in place, and returned.
+        module: the model; changed in place, and returned.
         name: an initialisation's name, ``"file.py:function"``, or a :class:`Part` with settings; None keeps what is.
         seed: the same seed gives the same weights on every platform.
         base: the folder that ``file.py`` in the name is relative to.
@@ -165,10 +165,10 @@ def initialize(
         RequestError: for an unknown name or setting, and for a pattern that matches no layer.
     """
     if name is not None:
-        _initialize(model, Part.of(name), seed, base)
+        _initialize(module, Part.of(name), seed, base)
     for pattern, part in layers.items():
-        _initialize_layers(model, pattern, Part.of(part), seed, base)
-    return model
+        _initialize_layers(module, pattern, Part.of(part), seed, base)
+    return module
 
 
 def _initialize(model: nn.Module, part: Part, seed: int, base: Path | None) -> None:

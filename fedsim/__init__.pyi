@@ -8,6 +8,7 @@ from .experiment import Experiment
 from .records import Event, RoundRecord
 from .running import Result, plan, rounds, run
 from .runs import Run, load
+from .trained import load_model
 
 __all__ = [
     "Event",
@@ -21,6 +22,7 @@ __all__ = [
     "data",
     "engines",
     "load",
+    "load_model",
     "plan",
     "rounds",
     "run",

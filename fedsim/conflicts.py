@@ -118,6 +118,11 @@ def _batch_norm_conflicts(read: _Reader) -> Iterable[str]:
 def _client_conflicts(read: _Reader) -> Iterable[str]:
     privacy, stopping = read.get("client.dp_sgd"), read.get("client.early_stopping")
     own = read.get("client.local_training")
+    if _amount(read, "proximal") and _is_prox(read):
+        yield (
+            "client.regularization.proximal: the strategy brings a proximal term too, and the two would add; give one of"
+            " them"
+        )
     if stopping is not None and not read.get("data.client_validation_fraction"):
         yield (
             "client.early_stopping: clients have no validation examples to stop by; give"
@@ -134,6 +139,20 @@ def _client_conflicts(read: _Reader) -> Iterable[str]:
         yield 'client.execution: "stacked" does not go with client.dp_sgd, which trains client by client; use "auto"'
     if read.get("client.precision") == "bfloat16":
         yield 'client.precision: "bfloat16" does not go with client.dp_sgd; give "float32" or "float64"'
+
+
+def _amount(read: _Reader, name: str) -> Any:
+    said = read.get("client.regularization")
+    return said.get(name) if isinstance(said, Mapping) else getattr(said, name, None)
+
+
+def _is_prox(read: _Reader) -> bool:
+    strategy = read.given.get("strategy", {})
+    table = strategy if isinstance(strategy, Mapping) else {"name": strategy}
+    names = [
+        str(part.get("name")) if isinstance(part, Mapping) else str(part) for part in (table, table.get("correction"))
+    ]
+    return any(name.lower().replace("_", "") in ("fedprox", "prox") for name in names)
 
 
 def _name_conflicts(read: _Reader) -> Iterable[str]:

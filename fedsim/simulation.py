@@ -421,10 +421,14 @@ class Simulation:
 
     def check_context(self) -> CheckContext:
         """What a check sees after the last round."""
+        model = self.server_model()
+        return CheckContext(**vars(self._context(self.round)), model=model, updates=self._cohort_rows)
+
+    def server_model(self) -> nn.Module:
+        """The server's model as it is judged."""
         worker = self._own_worker()
         worker.load(self._evaluated(self.weights))
-        model = copy.deepcopy(worker.evaluator.model)
-        return CheckContext(**vars(self._context(self.round)), model=model, updates=self._cohort_rows)
+        return copy.deepcopy(worker.evaluator.model)
 
     def client_model(self, client: int) -> nn.Module:
         """A client's own model as it stands now: the global weights with what the client keeps in their place.

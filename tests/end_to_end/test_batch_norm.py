@@ -85,6 +85,31 @@ def test_under_local_two_clients_differ_in_batch_norm_alone():
     assert not own & set(simulation.layout.names)
 
 
+def test_a_run_gives_back_its_model_and_its_clients_models(tmp_path):
+    """A client's own model, read back from the run's directory, gets the accuracy that the run recorded for it."""
+    result = fedsim.run(experiment("local", "clients_stored", data={"clients": 20}), out=tmp_path / "run")
+    recorded = fedsim.load(result.out).client_metrics
+    recorded = recorded[recorded["round"] == 3].set_index("client")["accuracy"]
+    population = assemble(fedsim.Experiment.load(tmp_path / "run" / "experiment.toml")).setup.population
+    for client in recorded.index[:5]:
+        model = fedsim.load_model(result.out, int(client))
+        batch = population.columns.take(torch.from_numpy(population.splits["test"].of(int(client))))
+        with torch.no_grad():
+            right = (model(batch["x"]).argmax(1) == batch["y"]).float().mean()
+        assert float(right) == pytest.approx(recorded[client])
+    with pytest.raises(RequestError, match="name a client"):
+        fedsim.load_model(result.out)
+    with pytest.raises(RequestError, match="no client 20"):
+        fedsim.load_model(result.out, 20)
+
+    shared = fedsim.run(experiment("share_all"), out=tmp_path / "shared")
+    test = assemble(fedsim.Experiment.load(tmp_path / "shared" / "experiment.toml")).setup.population.server["test"]
+    batch = test.take(torch.arange(len(test)))
+    with torch.no_grad():
+        right = (fedsim.load_model(shared.out)(batch["x"]).argmax(1) == batch["y"]).float().mean()
+    assert float(right) == pytest.approx(shared.summary["accuracy"])
+
+
 def test_running_statistics_are_those_of_plain_pytorch_and_stay_with_the_client():
     """A client's stored statistics after two rounds, against a loop written out with nn.BatchNorm1d."""
     made = experiment("share_affine", "clients_stored", client={"execution": "loop"}, strategy={"fraction": 1.0})
