@@ -120,8 +120,8 @@ def _client_conflicts(read: _Reader) -> Iterable[str]:
     own = read.get("client.local_training")
     if _amount(read, "proximal") and _is_prox(read):
         yield (
-            "client.regularization.proximal: the strategy brings a proximal term too, and the two would add; give one of"
-            " them"
+            "client.regularization.proximal: the strategy brings a proximal term too, and the two would add; give one"
+            " of them"
         )
     if stopping is not None and not read.get("data.client_validation_fraction"):
         yield (

@@ -299,6 +299,12 @@ class Experiment(Section):
             del table["client"]["initialization"]  # a model of the user's own starts as it is made
         for place, holder, name in _places(table):
             holder[name] = writing.with_defaults(holder[name], PLACES[place], self.base)
+        layers = table["client"]["layer_initialization"]
+        if any(isinstance(part, dict) for part in layers.values()):
+            # TOML has plain values before tables, and of several patterns that match a layer the last one counts.
+            table["client"]["layer_initialization"] = {
+                pattern: part if isinstance(part, dict) else {"name": part} for pattern, part in layers.items()
+            }
         return table
 
     def parts(self, place: str) -> Iterator[tuple[str, Part]]:

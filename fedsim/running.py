@@ -18,15 +18,13 @@ from torch import Tensor
 
 from clients import catalog
 from clients.errors import RequestError
-from clients.normalization import batch_norms
-from clients.recipe import DpSgd
-from clients.regularization import describe
 from clients.weights import Layout
 from fedsim import checking
 from fedsim.assembly import Assembly, assemble, choose_engine, make_engine, multiply_adds
 from fedsim.engines.engine import Engine, cores
 from fedsim.execution import chunk_sizes
 from fedsim.experiment import PLACES, Experiment
+from fedsim.notes import notes, privacy
 from fedsim.records import Event, RoundRecord
 from fedsim.request import RUNS, newest_unfinished
 from fedsim.runs import RunStore, first_free, holds_run, read_experiment
@@ -488,63 +486,10 @@ def _summary(under_way: _Run, store: RunStore, directory: Path) -> dict[str, Any
 
 
 def _notes(under_way: _Run) -> list[str]:
-    """What a reader must know to read the figures right."""
-    setup, data = under_way.assembly.setup, under_way.assembly.experiment.data
-    found = [describe(setup.recipe.regularization)]
-    if batch_norms(setup.model):
-        found.append(_batch_norm_note(setup, data.source.name))
-    if setup.recipe.dp_sgd is not None:
-        found.append(_privacy_note(setup.recipe.dp_sgd))
+    found = notes(under_way.assembly.setup, under_way.assembly.experiment.data.source.name)
     if under_way.stopped:
         found.append(f"A callback ended the run after round {under_way.simulation.round}.")
-    return [note for note in found if note]
-
-
-def _batch_norm_note(setup: Setup, source: str) -> str:
-    stays = {
-        "share_affine": "clients' statistics stay with them",
-        "local": "all of batch norm stays with the clients",
-        "share_all": "clients send their statistics",
-    }[setup.recipe.batch_norm]
-    if setup.batch_norm == "recalibrate":
-        size = len(setup.population.server["proxy"])
-        return (
-            f"Batch norm was recalibrated on {size} unlabelled proxy examples that the server holds, taken from the"
-            f" source {source!r}; {stays}."
-        )
-    return {
-        "batch": "Batch norm used each evaluated batch's own statistics, so a prediction depends on its batch;"
-        f" {stays}.",
-        "shared": "Batch norm used the statistics of the last cohort, pooled: mean of the variances and variance of the"
-        " means.",
-        "clients": f"Clients tested, each with batch norm's statistics of its own training inputs; {stays}.",
-        "clients_stored": "Clients tested, each with batch norm's running statistics of its own training, or of its"
-        f" training inputs where it has not trained yet; {stays}.",
-    }[setup.batch_norm]
-
-
-def _privacy_note(dp: DpSgd) -> str:
-    if not dp.noise_multiplier:
-        return "DP-SGD clipped each example's gradient and added no noise, so epsilon is infinite: there is no privacy."
-    told = privacy(dp)
-    return (
-        f"Epsilon is the largest that a client has spent: by {told['unit']}, {told['relation']}, {told['trust']} trust,"
-        f" delta {dp.delta:g}, {told['accountant']} accountant; it covers {told['covers']}."
-    )
-
-
-def privacy(dp: DpSgd) -> dict[str, Any]:
-    """What kind of epsilon DP-SGD on clients gives."""
-    return {
-        "unit": "example",
-        "relation": "add or remove one" if dp.sampling == "poisson" else "replace one by nothing",
-        "trust": "local",
-        "delta": dp.delta,
-        "accountant": dp.accountant,
-        "noise_multiplier": dp.noise_multiplier,
-        "max_grad_norm": dp.max_grad_norm,
-        "covers": "the released weights only: not metrics, not the trials of tune",
-    }
+    return found
 
 
 def sha256(row: Tensor) -> str:
