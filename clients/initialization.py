@@ -31,7 +31,6 @@ from clients.weight_files import load_weights
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
-
 Mode = Literal["fan_in", "fan_out"]
 
 
@@ -81,12 +80,14 @@ def lecun_normal(weight: Tensor, fan_in: int, fan_out: int, generator: Generator
     return _normal(weight, 1 / fan_in, generator)
 
 
-def truncated_normal(weight: Tensor, fan_in: int, fan_out: int, generator: Generator, *, std: float = 0.02) -> Tensor:
+def truncated_normal(
+    weight: Tensor, fan_in: int, fan_out: int, generator: Generator, *, std: Positive = 0.02
+) -> Tensor:
     """Normal with this standard deviation, cut at two of them."""
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
 
 
-def orthogonal(weight: Tensor, fan_in: int, fan_out: int, generator: Generator, *, gain: float = 1.0) -> Tensor:
+def orthogonal(weight: Tensor, fan_in: int, fan_out: int, generator: Generator, *, gain: Positive = 1.0) -> Tensor:
     """Orthonormal rows or columns (Saxe et al. 2014), times ``gain``."""
     return nn.init.orthogonal_(weight, gain=gain, generator=generator)
 
@@ -97,7 +98,7 @@ def zeros(weight: Tensor, fan_in: int, fan_out: int, generator: Generator) -> Te
 
 
 def default(weight: Tensor, fan_in: int, fan_out: int, generator: Generator) -> Tensor:
-    """What the layer's own ``reset_parameters`` drew when the model was built."""
+    """The layer's own ``reset_parameters``, which draws its bias too (:func:`initialize` calls it)."""
     return weight
 
 
@@ -134,8 +135,11 @@ def fans(module: nn.Module) -> tuple[int, int]:
 
 
 def is_weighted(module: nn.Module) -> bool:
-    """Whether initialisation by name applies to this layer's ``weight``: linear, bilinear, convolutional."""
-    return isinstance(module, nn.Linear | nn.Bilinear | _ConvNd)
+    """Whether initialisation by name applies to this layer's ``weight``: linear, bilinear, convolutional.
+
+    Not where the weight is computed from other parameters (weight norm, spectral norm).
+    """
+    return isinstance(module, nn.Linear | nn.Bilinear | _ConvNd) and isinstance(module.weight, nn.Parameter)
 
 
 @torch.no_grad()
@@ -150,7 +154,7 @@ def initialize(
 
     Weights of linear and convolutional layers are drawn by ``name``; their biases become 0, norm scales 1 and shifts 0.
     Other layers (embeddings, recurrent layers, attention's packed projection, a user's own) draw anew by their own
-    ``reset_parameters``. ``default`` lets every layer do that; ``file`` draws nothing.
+    ``reset_parameters``. ``default`` lets every layer do that; ``file`` draws nothing. An embedding's padding stays 0.
 
     Args:
         module: the model; changed in place, and returned.
@@ -162,7 +166,8 @@ def initialize(
             convolutional and embedding layers can be named.
 
     Raises:
-        RequestError: for an unknown name or setting, and for a pattern that matches no layer.
+        RequestError: for an unknown name or setting, a pattern that matches no layer, a file that does not fit, and for
+            what a user's own function returns that is no weight.
     """
     if name is not None:
         _initialize(module, Part.of(name), seed, base)
@@ -172,54 +177,77 @@ def initialize(
 
 
 def _initialize(model: nn.Module, part: Part, seed: int, base: Path | None) -> None:
-    fill = build_function(part, "initializations", base, key="client.initialization")
-    if next(iter(inspect.signature(fill).parameters), "") == "model":
+    key = "client.initialization"
+    fill = build_function(part, "initializations", base, key=key)
+    if _fills_models(fill):
         offered = {"base": base} if "base" in inspect.signature(fill).parameters else {}
-        fill(model, randomness.generator(seed, "initialization"), **offered)
+        filled = fill(model, randomness.generator(seed, "initialization"), **offered)
+        if filled is not None and filled is not model:
+            raise RequestError(f"{key}: {part.name} did not return the model; fill the given one in place")
         return
-    plain = not part.own and part.name.lower() == "default"
     for place, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if not own:
-            continue
-        if isinstance(module, _NORMS) or (is_weighted(module) and not plain):
-            for kind, parameter in own.items():
-                if kind != "weight":
-                    parameter.zero_()
-                elif isinstance(module, _NORMS):
-                    parameter.fill_(1.0)
-                else:
-                    _draw(fill, parameter, fans(module), randomness.generator(seed, f"initialization/{place}"))
-        elif callable(getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(randomness.key(seed, f"initialization/{place}"))
-                (getattr(module, "reset_parameters", None) or module._reset_parameters)()
+        if isinstance(module, _NORMS):
+            for kind, parameter in module.named_parameters(recurse=False):
+                parameter.fill_(1.0 if kind == "weight" else 0.0)
+        elif is_weighted(module):
+            _initialize_layer(module, place, fill, seed, key)
+        else:
+            _reset(module, place, seed)
 
 
 def _initialize_layers(model: nn.Module, pattern: str, part: Part, seed: int, base: Path | None) -> None:
     key = f"client.layer_initialization.{pattern}"
     able = {place: m for place, m in model.named_modules() if is_weighted(m) or isinstance(m, nn.Embedding)}
-    chosen = [place for place in able if fnmatchcase(place, pattern) or fnmatchcase(f"{place}.weight", pattern)]
+    weights = {place: f"{place}.weight".lstrip(".") for place in able}
+    chosen = [place for place in able if fnmatchcase(place, pattern) or fnmatchcase(weights[place], pattern)]
     if not chosen:
+        known = [place or weights[place] for place in able]
         raise RequestError(
-            f"{key}: matches no layer whose weights can be drawn; the model has {', '.join(able)}"
-            f"{nearest(pattern, list(able))}"
+            f"{key}: matches no layer whose weights can be drawn; the model has {', '.join(known) or 'none'}"
+            f"{nearest(pattern, known)}"
         )
     fill = build_function(part, "initializations", base, key=key)
-    if next(iter(inspect.signature(fill).parameters), "") == "model":
+    if _fills_models(fill):
         raise RequestError(f"{key}: {part.name} fills whole models, not layers; give it as client.initialization")
     for place in chosen:
-        module = able[place]
-        for kind, parameter in module.named_parameters(recurse=False):
-            if kind == "weight":
-                _draw(fill, parameter, fans(module), randomness.generator(seed, f"initialization/{place}"))
-            else:
-                parameter.zero_()
+        _initialize_layer(able[place], place, fill, seed, key)
 
 
-def _draw(fill: Callable[..., Tensor], parameter: Tensor, fan: tuple[int, int], generator: Generator) -> None:
-    """Draws in float32 at least: half precision cannot be drawn or orthogonalised on every platform."""
-    wide = parameter if parameter.dtype in (torch.float32, torch.float64) else parameter.float()
+def _fills_models(fill: Callable[..., object]) -> bool:
+    return next(iter(inspect.signature(fill).parameters), "") == "model"
+
+
+def _initialize_layer(module: nn.Module, place: str, fill: Callable[..., Tensor | None], seed: int, key: str) -> None:
+    if fill is default:
+        _reset(module, place, seed)
+        return
+    for kind, parameter in module.named_parameters(recurse=False):
+        if kind == "weight":
+            _draw(fill, parameter, fans(module), randomness.generator(seed, f"initialization/{place}"), key)
+        else:
+            parameter.zero_()
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        module.weight[module.padding_idx].zero_()
+
+
+def _reset(module: nn.Module, place: str, seed: int) -> None:
+    """Lets a layer with parameters draw them by its own rule, where it has one."""
+    draw = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    if callable(draw) and next(module.parameters(recurse=False), None) is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(randomness.key(seed, f"initialization/{place}"))
+            draw()
+
+
+def _draw(
+    fill: Callable[..., Tensor | None], parameter: Tensor, fan: tuple[int, int], generator: Generator, key: str
+) -> None:
+    """Draws on the CPU, in float32 at least: elsewhere a generator's numbers are others, or there are none."""
+    wide = parameter.to("cpu", torch.promote_types(parameter.dtype, torch.float32))
     filled = fill(wide, fan[0], fan[1], generator)
+    filled = wide if filled is None else filled
+    if not isinstance(filled, Tensor) or filled.shape != parameter.shape:
+        made = f"shape {list(filled.shape)}" if isinstance(filled, Tensor) else type(filled).__name__
+        raise RequestError(f"{key}: returned {made} for a weight of shape {list(parameter.shape)}; fill and return it")
     if filled is not parameter:
         parameter.copy_(filled)

@@ -31,23 +31,25 @@ def load_weights(model: nn.Module, path: Path, key: str = KEY) -> nn.Module:
     """
     path = _newest_checkpoint(path, key) if path.is_dir() else path
     found = _read(path, key)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    wanted = {**parameters, **buffers}
-    aliases = {name: {n for n, p in parameters.items() if p is parameters[name]} for name in parameters}
+    wanted: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    wanted |= dict(model.named_buffers(remove_duplicate=False))
+    there = {id(wanted[name]) for name in found if name in wanted}  # tied parameters need one of their names
     problems = [
         f"{key}: {path} has no {name!r}{nearest(name, list(found))}"
-        for name in dict(model.named_parameters())
-        if not aliases[name] & set(found)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in there
     ]
     for name, tensor in found.items():
         if name not in wanted:
             problems.append(f"{key}: {path} has {name!r}, which the model has not{nearest(name, list(wanted))}")
+        elif tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+            problems.append(f"{key}: {name!r} is sparse, quantised or complex in {path}; save plain real numbers")
         elif tensor.shape != wanted[name].shape:
             theirs, mine = list(tensor.shape), list(wanted[name].shape)
             problems.append(f"{key}: {name!r} has shape {theirs} in {path} where the model has {mine}")
-        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            problems.append(f"{key}: {name!r} holds NaN or infinite values in {path}")
+        elif not bool(torch.isfinite(tensor.to(wanted[name].dtype)).all()):
+            kind = str(wanted[name].dtype).removeprefix("torch.")
+            problems.append(f"{key}: {name!r} holds values in {path} that are NaN or infinite, or too large for {kind}")
     if problems:
         raise RequestError(problems)
     for name, tensor in found.items():
@@ -69,14 +71,17 @@ def _read(path: Path, key: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return _unpacked(path, load_file(path))
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except Exception as error:  # what a damaged pickle raises depends on which of its bytes are damaged
+        if isinstance(error, pickle.UnpicklingError) and "not an allowed global" in str(error):
+            raise RequestError(
+                f"{key}: {path} holds more than tensors, and loading it could run any code; save model.state_dict()"
+            ) from None
+        said = "" if isinstance(error, pickle.UnpicklingError) else f" ({' '.join(str(error).split())[:200]})"
         raise RequestError(
-            f"{key}: {path} holds more than tensors, and loading it could run any code; save model.state_dict()"
+            f"{key}: {path} cannot be read: it is damaged, or no safetensors file and no PyTorch state dict{said}"
         ) from None
-    except (safetensors.SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise RequestError(f"{key}: {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
-    tensors = isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values())
-    if not tensors or not found:
+    named = isinstance(found, dict) and all(isinstance(name, str) for name in found)
+    if not named or not found or not all(isinstance(value, Tensor) for value in found.values()):
         inside = [name for name, value in found.items() if isinstance(value, dict)] if isinstance(found, dict) else []
         hint = f" (one may be inside, under {', '.join(map(repr, inside))})" if inside else ""
         raise RequestError(f"{key}: {path} is no state dict{hint}; save model.state_dict(), name to tensor")

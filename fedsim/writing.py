@@ -50,7 +50,7 @@ def with_defaults(value: Any, kind: str, base: Path) -> Any:
     if entry is None:
         return value
     settings = entry.settings
-    paths = {name: str(base / table[name]) for name, known in settings.items() if known.is_path and name in table}
+    paths = {name: str(base / Path(table[name]).expanduser()) for name, known in settings.items() if known.is_path and name in table}
     defaults = {
         name: plain(known.default, base)
         for name, known in settings.items()
