@@ -130,24 +130,40 @@ def _by_chance(
     done: Work, members: list[np.ndarray], clients: np.ndarray, batch_size: int, seed: int, round: int
 ) -> Schedule:
     """Poisson batches: those of a client are a function of its id, its number of examples and the round alone."""
-    total, longest = int(done.steps.max(initial=0)), int(done.examples.max(initial=1))
-    steps = np.arange(total)
+    total, k = int(done.steps.max(initial=0)), len(clients)
     base = randomness.keys(seed, "poisson batches", round, clients)
-    streams = base[None, :] + steps[:, None].astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
-    draws = randomness.uniforms(streams.reshape(-1), longest).reshape(total, len(clients), longest)
-    chance = np.minimum(1.0, batch_size / np.maximum(done.examples, 1))
-    chosen = (draws < chance[:, None]) & (np.arange(longest) < done.examples[:, None])
-    chosen &= (steps[:, None] < done.steps)[:, :, None]
-    count = chosen.sum(axis=2)
-    width = max(1, int(count.max(initial=1)))
-    # The chosen ones first, in their order; what is beyond a batch's count repeats the client's first example.
-    place = np.argsort(~chosen, axis=2, kind="stable")[:, :, :width]
-    place = np.where(np.arange(width) < count[:, :, None], place, 0)
-    pool = np.zeros((len(clients), longest), dtype=np.int64)
-    for i, member in enumerate(members):
-        pool[i, : len(member)] = member
+    found = [
+        _successes(base[i], min(1.0, batch_size / max(int(done.examples[i]), 1)), int(done.examples[i] * done.steps[i]))
+        for i in range(k)
+    ]
+    # Trial t is the example t % n at the step t // n.
+    steps = [trials // max(int(n), 1) for trials, n in zip(found, done.examples, strict=True)]
+    count = np.stack([np.bincount(step, minlength=total) for step in steps], axis=1)
+    index = np.empty((total, k, max(1, int(count.max(initial=1)))), dtype=np.int64)
+    for i, (trials, step, member) in enumerate(zip(found, steps, members, strict=True)):
+        # What is beyond a batch's count repeats the client's first example.
+        index[:, i] = member[0] if len(member) else 0
+        place = np.arange(len(step)) - (count[:, i].cumsum() - count[:, i])[step]
+        index[step, i, place] = member[trials % max(len(member), 1)]
     return Schedule(
-        index=torch.from_numpy(pool[np.arange(len(clients))[None, :, None], place]),
+        index=torch.from_numpy(index),
         count=torch.from_numpy(count),
-        active=(steps[:, None] < done.steps).sum(axis=1).tolist(),
+        active=(np.arange(total)[:, None] < done.steps).sum(axis=1).tolist(),
     )
+
+
+def _successes(key: np.uint64, chance: float, trials: int) -> np.ndarray:
+    """Which of so many independent trials succeed, ``int64``, ascending.
+
+    Drawn by the geometric gaps between them, ``1 + floor(log(1 - u) / log(1 - chance))``, so that the cost goes by the
+    successes and not by the trials.
+    """
+    parts, last, drawn = [np.empty(0, dtype=np.int64)], -1, 0
+    while last < trials - 1:
+        size = int((trials - 1 - last) * chance) + 8
+        with np.errstate(divide="ignore"):
+            gaps = 1 + np.floor(np.log1p(-randomness.uniforms(np.array([key]), size, drawn)[0]) / np.log1p(-chance))
+        parts.append(last + gaps.astype(np.int64).cumsum())
+        last, drawn = int(parts[-1][-1]), drawn + size
+    every = np.concatenate(parts)
+    return every[every < trials]

@@ -227,11 +227,6 @@ def _check_training(experiment: Experiment, setup: Setup) -> None:
                 f"client.dp_sgd.delta: {client.dp_sgd.delta:g} is no less than 1 / {largest}, the examples of the"
                 " largest client, and would allow that one of them is given away; give less"
             )
-        if setup.strategy.correction.adds_loss:
-            problems.append(
-                f"client.dp_sgd: {setup.strategy.correction!r} adds a loss of its own, whose gradients by example are"
-                " not known; use another strategy.correction"
-            )
     if problems:
         raise RequestError(problems)
 

@@ -62,7 +62,7 @@ def privacy(dp: DpSgd) -> dict[str, Any]:
     """What kind of epsilon DP-SGD on clients gives."""
     return {
         "unit": "example",
-        "relation": "add or remove one" if dp.sampling == "poisson" else "replace one by nothing",
+        "relation": "replace one by nothing",  # how many examples a client holds is sent with its update
         "trust": "local",
         "delta": dp.delta,
         "accountant": dp.accountant,

@@ -50,7 +50,10 @@ def with_defaults(value: Any, kind: str, base: Path) -> Any:
     if entry is None:
         return value
     settings = entry.settings
-    paths = {name: str(base / Path(table[name]).expanduser()) for name, known in settings.items() if known.is_path and name in table}
+    given = {
+        name: Path(table[name]).expanduser() for name, known in settings.items() if known.is_path and name in table
+    }
+    paths = {name: str(base / path) for name, path in given.items()}
     defaults = {
         name: plain(known.default, base)
         for name, known in settings.items()

@@ -3,6 +3,7 @@ from __future__ import annotations
 from itertools import chain
 
 import numpy as np
+import torch
 
 from clients.batches import Work, schedule, work
 from clients.recipe import Recipe
@@ -76,8 +77,59 @@ def test_poisson_batches_hold_every_example_by_chance_and_independently_of_the_s
         counts = np.array([sum(example in batch for batch in drawn) for example in member.tolist()])
         # Each count is binomial; the bound is five standard deviations.
         assert (abs(counts - 400 * chance) <= 5 * np.sqrt(400 * chance * (1 - chance)) + 1e-9).all()
+        variance = 400 * len(member) * chance * (1 - chance)
+        assert abs(counts.sum() - 400 * len(member) * chance) <= 5 * np.sqrt(variance) + 1e-9
         alone = schedule(work(recipe, sizes[[k]], clients[[k]], 0, 1), [member], clients[[k]], 10, 0, 1, poisson=True)
         assert [set(alone.index[t, 0, : alone.count[t, 0]].tolist()) for t in range(400)] == drawn
     # Two examples of a client are in a batch together as often as chance has it.
     together = sum({100, 101} <= set(plan.index[t, 0, : plan.count[t, 0]].tolist()) for t in range(400))
     assert abs(together - 400 * 0.04) < 5 * np.sqrt(400 * 0.04)
+
+
+def _by_chance(examples: int, steps: int, batch_size: int = 10, round: int = 1):
+    done = work(Recipe(batch_size=batch_size, steps=steps), np.array([examples]), np.array([7]), 0, round)
+    return schedule(done, [np.arange(examples)], np.array([7]), batch_size, 0, round, poisson=True)
+
+
+def test_poisson_batches_may_be_empty_while_the_client_still_trains():
+    plan = _by_chance(examples=20, steps=500, batch_size=1)
+    empty = int((plan.count == 0).sum())
+    expected = 500 * 0.95**20
+    assert abs(empty - expected) < 5 * (expected * (1 - 0.95**20)) ** 0.5
+    assert plan.active == [1] * 500
+    assert plan.mask(int((plan.count[:, 0] == 0).nonzero()[0]), 1).sum() == 0
+
+
+def test_sizes_of_poisson_batches_are_binomial():
+    """Each is the sum of 1,000 draws of chance 0.01: mean 10, variance 9.9, and some are twice the batch size."""
+    count = _by_chance(examples=1000, steps=5000).count[:, 0].double()
+    assert abs(float(count.mean()) - 10) < 5 * (9.9 / 5000) ** 0.5
+    assert abs(float(count.var()) - 9.9) < 5 * 9.9 * (2 / 5000) ** 0.5
+    assert count.max() >= 20
+
+
+def test_a_batch_size_of_all_examples_or_more_takes_all_of_them_every_time():
+    for batch_size in (12, 50):
+        plan = _by_chance(examples=12, steps=30, batch_size=batch_size)
+        assert plan.index[:, 0].tolist() == [list(range(12))] * 30
+        assert (plan.count == 12).all()
+
+
+def test_poisson_batches_are_drawn_anew_each_round_and_go_on_as_before_with_more_steps():
+    def batches(plan):
+        return [frozenset(plan.index[t, 0, : plan.count[t, 0]].tolist()) for t in range(20)]
+
+    drawn = []
+    for round in range(1, 21):
+        first = batches(_by_chance(60, 20, round=round))
+        assert batches(_by_chance(60, 40, round=round)) == first
+        drawn += first
+    assert len(set(drawn)) > 0.99 * len(drawn)
+
+
+def test_poisson_batches_of_a_large_client_cost_by_what_is_drawn():
+    """2,500 million chances of being drawn, a quarter of a million examples drawn."""
+    plan = _by_chance(examples=100_000, steps=25_000)
+    assert abs(int(plan.count.sum()) - 250_000) < 5 * 500
+    taken = np.bincount(plan.index[torch.arange(plan.index.shape[2]) < plan.count[..., None]], minlength=100_000)
+    assert abs(taken[:50_000].sum() - 125_000) < 5 * 354
