@@ -90,7 +90,8 @@ class DpSgd(Settings):
         noise_multiplier: standard deviation of the noise over ``max_grad_norm``; 0 adds none and gives no privacy.
         max_grad_norm: Euclidean norm that each example's gradient is clipped to.
         delta: of (epsilon, delta); below 1 / (the client's examples) to mean anything.
-        accountant: ``rdp`` (Mironov 2017) or ``prv`` (Gopi et al. 2021: tighter, slower; the lower of the two counts, above epsilon 50 ``rdp`` alone).
+        accountant: ``rdp`` (Mironov 2017), or ``prv`` (Gopi et al. 2021: tighter and slower; the lower of the two
+            counts, and above epsilon 50 ``rdp`` alone).
         sampling: ``poisson`` draws every example into every batch by chance and earns amplification; ``shuffle`` cuts
             shuffled examples into batches and earns none.
     """
