@@ -74,7 +74,7 @@ class Evaluator:
             RunError: where batch norm would be left with the statistics that it was made with.
         """
         (layout or self.layout).load(self.model, row)
-        if not self.normalizes or self.batch_norm == "batch":
+        if not self.normalizes or (self.batch_norm == "batch" and statistics is None and inputs is None):
             return
         if statistics is not None and self.statistics is not None:
             self.statistics.load(self.model, statistics)

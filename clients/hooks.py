@@ -104,7 +104,11 @@ class ClientData:
 
 @dataclass(frozen=True)
 class LocalContext:
-    """Where a :class:`LocalTraining` runs: the round, the client and what the experiment says of training."""
+    """Where a :class:`LocalTraining` runs: the round, the client and what the experiment says of training.
+
+    What ``recipe`` asks of the loop (epochs, optimiser, penalties) is for it to do; ``lr`` is the round's learning
+    rate, the schedule applied.
+    """
 
     round: int
     client: int
@@ -113,10 +117,7 @@ class LocalContext:
     generator: torch.Generator
     names: tuple[str, ...]
     personal: tuple[str, ...]
-
-    @property
-    def lr(self) -> float:
-        return self.recipe.learning_rate
+    lr: float
 
 
 class LocalTraining:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
@@ -181,7 +182,8 @@ def _initialize(model: nn.Module, part: Part, seed: int, base: Path | None) -> N
     fill = build_function(part, "initializations", base, key=key)
     if _fills_models(fill):
         offered = {"base": base} if "base" in inspect.signature(fill).parameters else {}
-        filled = fill(model, randomness.generator(seed, "initialization"), **offered)
+        with _saying("client.initialization", f"on {type(model).__name__}"):
+            filled = fill(model, randomness.generator(seed, "initialization"), **offered)
         if filled is not None and filled is not model:
             raise RequestError(f"{key}: {part.name} did not return the model; fill the given one in place")
         return
@@ -239,12 +241,24 @@ def _reset(module: nn.Module, place: str, seed: int) -> None:
             draw()
 
 
+@contextmanager
+def _saying(key: str, where: str) -> Iterator[None]:
+    """Says of an error in a user's own function which key named it, and what it was given."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except Exception as error:
+        raise RequestError(f"{key}: raises {type(error).__name__} {where}: {error}") from error
+
+
 def _draw(
     fill: Callable[..., Tensor | None], parameter: Tensor, fan: tuple[int, int], generator: Generator, key: str
 ) -> None:
     """Draws on the CPU, in float32 at least: elsewhere a generator's numbers are others, or there are none."""
     wide = parameter.to("cpu", torch.promote_types(parameter.dtype, torch.float32))
-    filled = fill(wide, fan[0], fan[1], generator)
+    with _saying(key, f"on a weight of shape {list(parameter.shape)}"):
+        filled = fill(wide, fan[0], fan[1], generator)
     filled = wide if filled is None else filled
     if not isinstance(filled, Tensor) or filled.shape != parameter.shape:
         made = f"shape {list(filled.shape)}" if isinstance(filled, Tensor) else type(filled).__name__

@@ -64,18 +64,21 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     Args:
         model: changed in place (buffers only), and returned. Batch norms without running statistics are left alone,
             and one that is never called is as it was made.
-        batches: what ``model`` is called with, of any sizes; a mapping of columns is passed as one.
+        batches: what ``model`` is called with, of any sizes; a mapping of columns is passed as one. Of a tuple or list,
+            as a DataLoader gives them, the first is the input. A tensor is one batch.
 
     Raises:
-        RequestError: where there are fewer than 2 examples, or a layer has fewer than 2 values a channel.
+        RequestError: where there are fewer than 2 examples, a layer has fewer than 2 values a channel, or one of them
+            is NaN or infinite.
     """
     norms = [norm for norm in batch_norms(model) if norm.running_mean is not None]
     if not norms:
         return model
-    listed = [batch for batch in batches if _size(batch)]
+    given = [batches] if isinstance(batches, Tensor) else batches
+    listed = [batch for batch in map(_inputs, given) if _size(batch)]
     if (size := sum(map(_size, listed))) < 2:
         raise RequestError(
-            f"evaluation.batch_norm: recalibration needs at least 2 unlabelled examples and has {size}; give it more"
+            f"recalibration needs at least 2 unlabelled examples and has {size}; give it more"
             " (the server's are data.proxy)"
         )
     modes = [(module, module.training) for module in model.modules()]
@@ -93,6 +96,12 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     for norm in norms:
         calls.settle(norm)
     return model
+
+
+def _inputs(batch: Any) -> Any:
+    """A batch as the model is called with it."""
+    batch = batch[0] if isinstance(batch, tuple | list) else batch
+    return batch if isinstance(batch, Tensor | Mapping) else torch.as_tensor(batch)
 
 
 class _Reached(BaseException):
@@ -167,9 +176,9 @@ class _Calls:
         """Leaves in a layer the averages over its calls: of their means and of their unbiased variances."""
         found = [moments for (layer, _), moments in self.known.items() if layer is norm]
         if any(moments.count < 2 for moments in found):
-            raise RequestError(
-                f"evaluation.batch_norm: recalibration leaves {norm} a single value a channel; give it more examples"
-            )
+            raise RequestError(f"recalibration leaves {norm} a single value a channel; give it more examples")
+        if any(not bool(torch.isfinite(torch.as_tensor(moments.squares)).all()) for moments in found):
+            raise RequestError(f"recalibration meets NaN or infinite values before {norm}; look at inputs and weights")
         if found:
             variances = [moments.squares / (moments.count - 1) for moments in found]
             _write(norm, sum(moments.mean for moments in found) / len(found), sum(variances) / len(found))

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from clients.recipe import NonNegative, Positive
+from clients.recipe import Rate as Decay
 
 State = dict[str, Tensor]
-Rate = float | Tensor
+LearningRate = float | Tensor
 
 
 class Optimizer:
@@ -25,7 +26,7 @@ class Optimizer:
         """Zeros like ``rows`` ``[k, d]`` for each name in ``state``."""
         return {name: torch.zeros_like(rows) for name in self.state}
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: LearningRate, step: int | Tensor) -> None:
         """One step in place; ``grads`` may be overwritten.
 
         ``lr``, and ``step`` that counts from 0, are numbers, or ``[k, 1]`` where clients differ: under a schedule over
@@ -34,7 +35,7 @@ class Optimizer:
         raise NotImplementedError
 
 
-def _descend(rows: Tensor, direction: Tensor, lr: Rate) -> None:
+def _descend(rows: Tensor, direction: Tensor, lr: LearningRate) -> None:
     """w <- w - lr direction, in place."""
     if isinstance(lr, Tensor):
         rows.addcmul_(direction, lr, value=-1)
@@ -42,7 +43,7 @@ def _descend(rows: Tensor, direction: Tensor, lr: Rate) -> None:
         rows.add_(direction, alpha=-lr)
 
 
-def _descend_by_ratio(rows: Tensor, above: Tensor, below: Tensor, lr: Rate) -> None:
+def _descend_by_ratio(rows: Tensor, above: Tensor, below: Tensor, lr: LearningRate) -> None:
     """w <- w - lr above / below, in place."""
     if isinstance(lr, Tensor):
         rows.addcmul_(above / below, lr, value=-1)
@@ -50,7 +51,7 @@ def _descend_by_ratio(rows: Tensor, above: Tensor, below: Tensor, lr: Rate) -> N
         rows.addcdiv_(above, below, value=-lr)
 
 
-def _unbiased(decay: float, step: int | Tensor, dtype: torch.dtype) -> Rate:
+def _unbiased(decay: float, step: int | Tensor, dtype: torch.dtype) -> LearningRate:
     """1 - decay^t at step t = step + 1, in float64 whatever the rows' dtype: it is a small difference at first."""
     if isinstance(step, Tensor):
         return (1 - decay ** (step.double() + 1)).to(dtype)
@@ -61,7 +62,7 @@ def _unbiased(decay: float, step: int | Tensor, dtype: torch.dtype) -> Rate:
 class Sgd(Optimizer):
     """w <- w - lr g."""
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: LearningRate, step: int | Tensor) -> None:
         _descend(rows, grads, lr)
 
 
@@ -69,10 +70,10 @@ class Sgd(Optimizer):
 class Momentum(Optimizer):
     """m <- momentum m + g; w <- w - lr m."""
 
-    momentum: NonNegative = 0.9
+    momentum: Decay = 0.9
     state = ("m",)
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: LearningRate, step: int | Tensor) -> None:
         _descend(rows, state["m"].mul_(self.momentum).add_(grads), lr)
 
 
@@ -80,10 +81,10 @@ class Momentum(Optimizer):
 class Nesterov(Optimizer):
     """m <- momentum m + g; w <- w - lr (g + momentum m)."""
 
-    momentum: NonNegative = 0.9
+    momentum: Decay = 0.9
     state = ("m",)
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: LearningRate, step: int | Tensor) -> None:
         m = state["m"].mul_(self.momentum).add_(grads)
         _descend(rows, grads.add_(m, alpha=self.momentum), lr)
 
@@ -92,12 +93,12 @@ class Nesterov(Optimizer):
 class Adam(Optimizer):
     """Adam with bias correction (Kingma and Ba 2015), as torch.optim.Adam."""
 
-    b1: NonNegative = 0.9
-    b2: NonNegative = 0.999
+    b1: Decay = 0.9
+    b2: Decay = 0.999
     eps: Positive = 1e-8
     state = ("m", "v")
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: LearningRate, step: int | Tensor) -> None:
         m = state["m"].lerp_(grads, 1 - self.b1)
         v = state["v"].mul_(self.b2).addcmul_(grads, grads, value=1 - self.b2)
         scale = v.sqrt().mul_(_unbiased(self.b2, step, rows.dtype) ** -0.5).add_(self.eps)
@@ -110,7 +111,7 @@ class AdamW(Adam):
 
     weight_decay: NonNegative = 0.01
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: LearningRate, step: int | Tensor) -> None:
         rows.mul_(1 - lr * self.weight_decay)
         super().step(rows, grads, state, lr, step)
 
@@ -119,11 +120,11 @@ class AdamW(Adam):
 class RMSprop(Optimizer):
     """v <- alpha v + (1 - alpha) g^2; w <- w - lr g / (sqrt(v) + eps)."""
 
-    alpha: NonNegative = 0.99
+    alpha: Decay = 0.99
     eps: Positive = 1e-8
     state = ("v",)
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: LearningRate, step: int | Tensor) -> None:
         v = state["v"].mul_(self.alpha).addcmul_(grads, grads, value=1 - self.alpha)
         _descend_by_ratio(rows, grads, v.sqrt().add_(self.eps), lr)
 
@@ -135,6 +136,6 @@ class Adagrad(Optimizer):
     eps: Positive = 1e-10
     state = ("v",)
 
-    def step(self, rows: Tensor, grads: Tensor, state: State, lr: Rate, step: int | Tensor) -> None:
+    def step(self, rows: Tensor, grads: Tensor, state: State, lr: LearningRate, step: int | Tensor) -> None:
         v = state["v"].addcmul_(grads, grads)
         _descend_by_ratio(rows, grads, v.sqrt().add_(self.eps), lr)

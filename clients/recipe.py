@@ -169,6 +169,10 @@ class Recipe(Settings):
             raise ValueError("epochs and steps are both given; give one of them")
         if self.local_training is not None and self.execution == "stacked":
             raise ValueError('local_training trains client by client; execution = "stacked" does not go with it')
+        if self.dp_sgd is not None and self.execution == "stacked":
+            raise ValueError('dp_sgd trains client by client; execution = "stacked" does not go with it')
+        if self.dp_sgd is not None and self.precision == "bfloat16":
+            raise ValueError('dp_sgd needs precision = "float32" or "float64"; bfloat16 does not go with it')
         if self.lr is None and self.optimizer.own:
             raise ValueError("an optimiser of your own has no default learning rate; give lr")
         return self

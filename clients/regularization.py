@@ -28,7 +28,12 @@ def soft_threshold(row: Tensor, amount: Amount) -> Tensor:
     Args:
         row: weights of any shape.
         amount: not negative; a number, or a tensor that broadcasts (``[k, 1]``: one for each client).
+
+    Raises:
+        ValueError: for a negative number, or none.
     """
+    if isinstance(amount, float | int) and not amount >= 0:
+        raise ValueError(f"soft_threshold: amount = {amount}; give 0 or more")
     bound: Any = amount
     return row - row.clamp(-bound, bound)  # the same, in half the passes over the block
 

@@ -351,7 +351,8 @@ class Trainer:
 
     def _local_context(self, round: int, client: int, data: ClientData) -> LocalContext:
         names, personal = tuple(self.layout.names), tuple(self.layout.personal.names)
-        return LocalContext(round, client, self.recipe, self.task, data.generator, names, personal)
+        lr = self.descent.rates.of(round)
+        return LocalContext(round, client, self.recipe, self.task, data.generator, names, personal, lr)
 
     def _collect(self, parts: list[Trained], failures: list[ClientFailure]) -> Trained:
         """One result in client order, without the updates that are not finite."""

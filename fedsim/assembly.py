@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from clients import catalog, randomness
 from clients.dropout import set_dropout
@@ -137,6 +138,11 @@ def _model(experiment: Experiment, population: Population) -> nn.Module:
             offered["dropout"] = rate
         model = catalog.build(part, "models", experiment.base, key="model", **offered)
     expect(model, nn.Module, "model", "a torch.nn.Module")
+    lazy = next((name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)), None)
+    if lazy is not None:
+        raise RequestError(
+            f"model: {type(model).__name__} is lazy, {lazy!r} has no shape yet; let its __init__ run a batch through it"
+        )
     model = copy.deepcopy(model).to("cpu")
     client = experiment.client
     keeps = part.own and "initialization" not in client.model_fields_set
@@ -217,6 +223,13 @@ def _check_training(experiment: Experiment, setup: Setup) -> None:
             f"client.regularization.label_smoothing: {type(setup.task).__name__} has no smoothed_loss that goes with"
             " its loss; write one, or leave label smoothing out"
         )
+    correction = setup.strategy.correction
+    changes = correction.adds_loss or correction.changes_gradient or correction.client_state
+    if client.local_training is not None and changes:
+        problems.append(
+            f"strategy.correction: {correction!r} acts in the local loop, which client.local_training replaces; give"
+            " one of them"
+        )
     if client.dp_sgd is not None:
         from clients.dp_sgd import check_private
 
@@ -252,6 +265,17 @@ def _check_evaluation(experiment: Experiment, setup: Setup) -> None:
     if experiment.evaluation.clients and not {"test", "validation"} & set(population.splits):
         raise RequestError(
             "evaluation.clients: the clients hold no examples to test on; set data.client_test_fraction above 0"
+        )
+    norms = batch_norms(setup.model)
+    if any(norm.running_mean is None for norm in norms) and setup.batch_norm != "batch":
+        raise RequestError(
+            "evaluation.batch_norm: the model has batch norms without running statistics, which always take the"
+            ' evaluated batch\'s own; say so with evaluation.batch_norm = "batch", or let them track statistics'
+        )
+    if not norms and setup.batch_norm in ("clients", "clients_stored"):
+        raise RequestError(
+            f'evaluation.batch_norm: "{setup.batch_norm}" has nothing to act on, since {type(setup.model).__name__} has'
+            ' no batch norm; set model.norm = "batch", or leave it out'
         )
     proxies = len(population.server["proxy"]) if "proxy" in population.server else 0
     if batch_norms(setup.model) and setup.batch_norm == "recalibrate" and proxies < 2:

@@ -128,17 +128,24 @@ def _client_conflicts(read: _Reader) -> Iterable[str]:
             "client.early_stopping: clients have no validation examples to stop by; give"
             " data.client_validation_fraction above 0"
         )
-    for key, value in (("dp_sgd", privacy), ("early_stopping", stopping)):
+    keeps = "keep" if read.get("client.optimizer_state") == "keep" else None
+    schedule = read.get("client.step_schedule")
+    named = schedule.get("name") if isinstance(schedule, Mapping) else getattr(schedule, "name", schedule)
+    schedule = None if named == "constant" else schedule
+    clip = read.get("client.gradient_clip")
+    for key, value in {
+        "dp_sgd": privacy,
+        "early_stopping": stopping,
+        "optimizer_state": keeps,
+        "step_schedule": schedule,
+        "gradient_clip": clip,
+    }.items():
         if value is not None and own is not None:
             yield f"client.{key}: client.local_training replaces the loop that does it; give one of them"
     if privacy is None:
         return
     if stopping is not None:
         yield "client.early_stopping: it looks at validation examples without noise, against client.dp_sgd; drop one"
-    if read.get("client.execution") == "stacked":
-        yield 'client.execution: "stacked" does not go with client.dp_sgd, which trains client by client; use "auto"'
-    if read.get("client.precision") == "bfloat16":
-        yield 'client.precision: "bfloat16" does not go with client.dp_sgd; give "float32" or "float64"'
 
 
 def _amount(read: _Reader, name: str) -> Any:

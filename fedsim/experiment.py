@@ -227,7 +227,7 @@ class Experiment(Section):
 
     def __init__(self, base: Path | None = None, /, **values: Any):
         base = (base or Path.cwd()).resolve()
-        given = overriding.as_given(values)
+        given = _with_default_names(overriding.as_given(values))
         wrong = _check_parts(given, base)
         try:
             super().__init__(**given)
@@ -360,6 +360,22 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise RequestError(f"{path} is a folder; to go on with a run: fedsim run --resume --out {path}") from None
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _with_default_names(given: dict[str, Any]) -> dict[str, Any]:
+    """Tables that name no part are about the default one: ``model.norm`` alone is the MLP's."""
+    for place, holder, name in list(_places(given)):
+        value = holder[name]
+        if place.endswith(("[]", "{}")) or not isinstance(value, Mapping) or "name" in value:
+            continue
+        model: Any = Experiment
+        *path, last = place.split(".")
+        for step in path:
+            model = model.model_fields[step].annotation
+        field = model.model_fields[last]
+        if field.annotation is Part and isinstance(field.default, Part):
+            holder[name] = {"name": field.default.name, **field.default.settings, **value}
+    return given
 
 
 def _named_tables() -> dict[str, list[str]]:

@@ -18,6 +18,11 @@ def notes(setup: Setup, source: str) -> list[str]:
         source: the name of the data's source.
     """
     found = [describe(setup.recipe.regularization)]
+    if setup.local_training is not None:
+        found = [
+            f"Clients trained by {setup.local_training!r}: what the experiment says of the optimiser, of epochs and of"
+            " penalties holds as far as it reads them."
+        ]
     if batch_norms(setup.model):
         found.append(_batch_norm_note(setup, source))
     if setup.recipe.dp_sgd is not None:

@@ -47,7 +47,7 @@ def override(given: Mapping[str, Any], overrides: Sequence[str], named: Mapping[
     pairs = []
     for text in overrides:
         key, equals, value = text.partition("=")
-        path = [part.strip() for part in key.split(".")]
+        path = _path(key)
         if not equals or not all(path):
             wrong.append(f"--set {text}: not of the form key=value, e.g. client.lr=0.1")
         else:
@@ -60,6 +60,12 @@ def override(given: Mapping[str, Any], overrides: Sequence[str], named: Mapping[
     if wrong:
         raise RequestError(wrong)
     return table
+
+
+def _path(key: str) -> list[str]:
+    """The parts of a dotted key; a quoted one may hold dots, as in TOML."""
+    parts = re.findall(r'"[^"]*"|\'[^\']*\'|[^."\']+|(?<=\.)(?=\.|$)|^(?=\.)', key.strip())
+    return [part.strip().strip("\"'") for part in parts]
 
 
 def read_value(text: str) -> Any:

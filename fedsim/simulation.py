@@ -425,15 +425,25 @@ class Simulation:
         return CheckContext(**vars(self._context(self.round)), model=model, updates=self._cohort_rows)
 
     def server_model(self) -> nn.Module:
-        """The server's model as it is judged."""
+        """The server's model as it is judged; where each batch's own statistics judge, recalibrated on the proxy.
+
+        Raises:
+            RequestError: where there are no statistics for it to go on with.
+        """
         worker = self._own_worker()
         worker.load(self._evaluated(self.weights))
-        return copy.deepcopy(worker.evaluator.model)
+        model = copy.deepcopy(worker.evaluator.model)
+        if self.setup.batch_norm == "batch" and self.setup.statistics is not None:
+            evaluator = self.setup.evaluator("recalibrate")
+            evaluator.load(self.weights)
+            model = evaluator.model
+        return model
 
     def client_model(self, client: int) -> nn.Module:
         """A client's own model as it stands now: the global weights with what the client keeps in their place.
 
-        Batch norm's running statistics are the client's where it keeps them, else estimated on its training inputs.
+        Batch norm's running statistics are its stored ones where clients are judged by them, else those of its
+        training inputs.
         """
         worker, ids = self._own_worker(), np.array([client])
         state = {name: self._newest(name, ids)[0] for name in (PERSONAL, STATISTICS) if name in self.kept}

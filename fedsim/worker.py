@@ -251,7 +251,8 @@ class Worker:
         Args:
             client: its id.
             state: what it keeps, ``[m]`` each.
-            batch_norm_of_client: whether statistics are its stored ones, or estimated on its training inputs.
+            batch_norm_of_client: whether statistics are its own: stored ones where it is judged by them, else those of
+                its training inputs.
             broadcast: the weights.
         """
         self.loaded = None
@@ -261,7 +262,8 @@ class Worker:
             row, layout = torch.cat([row, self.trainer.start_personal + state[PERSONAL]]), self.layout.all
         if batch_norm_of_client and self.evaluator.normalizes:
             known, stored = self.setup.statistics, state.get(STATISTICS)
-            if known is not None and stored is not None and known.known(stored):
+            wanted = self.setup.batch_norm == "clients_stored"
+            if wanted and known is not None and stored is not None and known.known(stored):
                 statistics = known.in_work(stored)
             else:
                 members = torch.from_numpy(self.population.splits["train"].of(client))
@@ -273,8 +275,10 @@ class Worker:
         return True
 
     def _shared(self, broadcast: Mapping[str, Any]) -> Tensor | None:
-        """The cohort's pooled statistics ``[2 c]``, where clients share them and some have."""
+        """The cohort's pooled statistics ``[2 c]``, where clients share them, some have, and they are what judges."""
         kept, known = broadcast["statistics"], self.setup.statistics
+        if self.setup.batch_norm != "shared":
+            return None
         return known.in_work(kept) if kept is not None and known is not None and known.known(kept) else None
 
     def load(self, broadcast: Mapping[str, Any]) -> None:

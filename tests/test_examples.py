@@ -62,3 +62,12 @@ def test_an_example_that_defines_an_experiment_can_be_given_to_the_command_line(
         file = EXAMPLES / f"{name}.py"
         assert cli.main(["run", str(file), "--set", "rounds=1", "--out", name, "--quiet"]) == 0
         assert (tmp_path / name / "report.html").exists()
+
+
+def test_the_readmes_local_training_runs_as_written(tmp_path: Path) -> None:
+    text = (HOME / "README.md").read_text()
+    block = re.search(r"```toml\n(\[client\].*?)```", text, re.DOTALL)
+    assert block
+    (tmp_path / "experiment.toml").write_text(f"rounds = 1\n{block[1]}")
+    result = fedsim.run(tmp_path / "experiment.toml", out=tmp_path / "run")
+    assert result.summary["rounds"] == 1

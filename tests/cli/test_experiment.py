@@ -175,3 +175,11 @@ def test_values_are_toml_and_bare_words_strings(text: str, value: object) -> Non
 
 def test_the_example_of_the_documentation_is_the_embedded_file() -> None:
     assert tomllib.loads(DIGITS.read_text())["strategy"] == {"name": "fedavg", "clients_per_round": 10}
+
+
+def test_a_quoted_key_may_hold_dots_and_a_table_without_a_name_is_of_the_default_part():
+    made = Experiment.load(None, ['client.layer_initialization."head.*"=zeros', "model.norm=batch"])
+    assert list(made.client.layer_initialization) == ["head.*"]
+    assert (made.model.name, made.model.settings["norm"]) == ("mlp", "batch")
+    plain = Experiment(model={"norm": "batch"}, data={"partition": {"alpha": 0.1}})
+    assert (plain.model.name, plain.data.partition.name) == ("mlp", "dirichlet")

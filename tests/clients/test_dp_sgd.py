@@ -35,7 +35,6 @@ from clients.task import Classification, Tokens
 from clients.weights import Layout, share_all_but
 from fedsim.assembly import assemble
 from tests.clients.problems import SIZES, apart, digits_like, members, mlp, trainer
-from tests.end_to_end.commands import run
 
 CLIENTS = np.arange(len(SIZES))
 
@@ -690,16 +689,19 @@ def test_what_mixes_examples_is_refused_with_the_mend():
 
 
 def test_a_runs_ledger_has_every_clients_epsilon_and_the_largest(tmp_path):
-    given = ["--set", "rounds=3", "--set", "client.epochs=1", "--set", "client.dp_sgd.noise_multiplier=1.0"]
-    found = run(tmp_path, *given, "--out", "run")
+    def ran(name, engine="inline", workers=None, **dp):
+        made = fedsim.Experiment(rounds=3, client={"epochs": 1, "dp_sgd": {"noise_multiplier": 1.0, **dp}})
+        return fedsim.run(made, out=tmp_path / name, engine=engine, workers=workers).summary
+
+    found = ran("run")
     clients = fedsim.load(tmp_path / "run").clients
     assert clients["epsilon"].notna().all()
     assert found["epsilon"] == pytest.approx(clients["epsilon"].max())
     assert any("by example" in note and "local trust" in note for note in found["notes"])
-    both = run(tmp_path, *given, "--out", "two", "--engine", "processes", "--workers", "2")
+    both = ran("two", "processes", 2)
     assert (both["weights_sha256"], both["epsilon"]) == (found["weights_sha256"], found["epsilon"])
-    none = run(tmp_path, *given[:4], "--set", "client.dp_sgd.noise_multiplier=0", "--out", "none")
-    assert none["epsilon"] is None
+    none = ran("none", noise_multiplier=0.0)
+    assert none["epsilon"] == math.inf
     assert any("there is no privacy" in note for note in none["notes"])
 
 

@@ -310,3 +310,14 @@ def test_a_batch_norm_that_does_more_is_refused() -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(RequestError, match="unknown kind 'instance'; allowed are none, batch, group, layer"):
         replace_batch_norm(linear(), "instance")  # type: ignore[arg-type]
+
+
+def test_batches_as_data_loaders_and_arrays_give_them():
+    x = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).eval()
+    whole = recalibrate(copy.deepcopy(model), [x])[1].running_var
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=7)
+    for batches in (loader, [x.numpy()], x):
+        assert torch.allclose(recalibrate(copy.deepcopy(model), batches)[1].running_var, whole, atol=1e-6)
+    with pytest.raises(RequestError, match="NaN"):
+        recalibrate(model, [torch.full((4, 5), torch.nan)])

@@ -521,3 +521,9 @@ def test_the_reported_loss_has_no_penalty_in_it(stacked):
 )
 def test_the_record_says_what_the_training_loss_leaves_out(said, line):
     assert describe(Regularization(**said)) == line
+
+
+@pytest.mark.parametrize("amount", [-1.0, float("nan")])
+def test_a_threshold_that_is_none_is_refused(amount):
+    with pytest.raises(ValueError, match="0 or more"):
+        soft_threshold(torch.ones(3), amount)

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fedsim
+from clients import LocalTraining
+from clients.errors import RequestError
 from fedsim import cli
 from tests.contracts.contract import changed, write
 
@@ -74,3 +77,49 @@ def test_a_rule_that_makes_no_numbers_moves_nothing_and_is_recorded(
     code, _ = said("strategy.aggregator", "NotANumber", tmp_path, capfd)
     assert code == 0
     assert list(fedsim.load(tmp_path / "run").events["kind"]) == ["weights_not_finite"] * 2
+
+
+def lazy(*, input_shape, classes):
+    return torch.nn.Sequential(torch.nn.LazyLinear(8), torch.nn.ReLU(), torch.nn.Linear(8, classes))
+
+
+def raising(weight, fan_in, fan_out, generator):
+    raise ArithmeticError("no weights today")
+
+
+class Idle(LocalTraining):
+    def train(self, model, data, ctx):
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model": lazy}, r"model: Sequential is lazy, '0.weight' has no shape yet"),
+        ({"client": {"initialization": raising}}, r"client.initialization: raises ArithmeticError on a weight .*no w"),
+        (
+            {"client": {"local_training": Idle()}, "strategy": {"name": "fedprox"}},
+            r"strategy.correction: Prox.*replaces",
+        ),
+        ({"client": {"local_training": Idle(), "gradient_clip": 1.0}}, r"client.gradient_clip: client.local_training"),
+        ({"client": {"optimizer": {"name": "adam", "b1": 1.5}}}, r"client.optimizer.b1: 1.5"),
+    ],
+    ids=["lazy model", "initialisation that raises", "correction", "clipping", "decay above 1"],
+)
+def test_what_cannot_work_is_refused_before_the_first_round(settings, said, tmp_path):
+    with pytest.raises(RequestError, match=said):
+        fedsim.run(fedsim.Experiment(rounds=1, **settings), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Rated(LocalTraining):
+    """Reports the rate that it is given."""
+
+    def train(self, model, data, ctx):
+        return {"loss": ctx.lr, "steps": 1}
+
+
+def test_own_training_gets_the_schedules_rate():
+    client = {"local_training": Rated(), "lr": 0.4, "schedule": {"name": "step", "every": 1, "by": 0.5}}
+    records = list(fedsim.rounds(fedsim.Experiment(rounds=3, client=client)))[1:]
+    assert [record.clients[0]["loss"] for record in records] == [0.4, 0.2, 0.1]

@@ -8,6 +8,7 @@ import torch
 
 import fedsim
 from clients.errors import RequestError
+from clients.normalization import recalibrate
 from clients.statistics import STATISTICS, Statistics
 from fedsim.assembly import assemble
 from fedsim.simulation import InMemory, Simulation
@@ -70,6 +71,58 @@ def played(made, rounds=3):
         records.append(simulation.step())
         simulation.commit(records[-1])
     return simulation, records
+
+
+def test_each_way_of_judging_does_what_it_says():
+    """Client models put together by hand, and the server's, against what the last round recorded."""
+    found = {}
+    pairs = [("share_all", how) for how in ("recalibrate", "shared", "clients")]
+    pairs += [("share_affine", "recalibrate"), ("local", "clients"), ("local", "clients_stored")]
+    for kept, evaluated in pairs:
+        simulation, records = played(experiment(kept, evaluated))
+        found[kept, evaluated] = simulation, records[-1].metrics
+    shared, weights = found["share_all", "shared"][0], found["share_affine", "recalibrate"][0].weights
+    assert torch.equal(shared.weights, weights)
+    # The statistics that clients send change nothing of how a model is recalibrated.
+    assert found["share_all", "recalibrate"][1]["test"] == found["share_affine", "recalibrate"][1]["test"]
+    assert found["share_all", "recalibrate"][1]["test"] != found["share_all", "shared"][1]["test"]
+    assert found["local", "clients"][1] != found["local", "clients_stored"][1]
+    for pair in [("share_all", "clients"), ("local", "clients")]:
+        simulation, metrics = found[pair]
+        columns, splits = simulation.population.columns, simulation.population.splits
+        right = total = 0
+        for client in np.flatnonzero(splits["test"].sizes).tolist():
+            members = torch.from_numpy(splits["train"].of(client))
+            if len(members) < 2:
+                continue
+            model = recalibrate(simulation.client_model(client), [columns.take(members)["x"]])
+            assert torch.equal(model.norm1.running_mean, simulation.client_model(client).norm1.running_mean)
+            batch = columns.take(torch.from_numpy(splits["test"].of(client)))
+            with torch.no_grad():
+                right += int((model(batch["x"]).argmax(1) == batch["y"]).sum())
+            total += len(batch["y"])
+        assert metrics["client_test"]["accuracy"] == pytest.approx(right / total)
+
+
+def test_a_model_judged_by_batches_comes_back_with_statistics_all_the_same(tmp_path):
+    result = fedsim.run(experiment("share_affine", "batch"), out=tmp_path / "run")
+    for client in (None, 1):
+        norm = fedsim.load_model(result.out, client).norm1
+        assert float(norm.running_mean.abs().max()) > 0
+    nothing = fedsim.run(experiment("share_affine", "batch", data={"proxy": 0}), out=tmp_path / "none")
+    with pytest.raises(RequestError, match="proxy"):
+        fedsim.load_model(nothing.out)
+
+
+def untracked(*, input_shape, classes):
+    layers = [torch.nn.Linear(64, 8), torch.nn.BatchNorm1d(8, track_running_stats=False), torch.nn.Linear(8, classes)]
+    return torch.nn.Sequential(*layers)
+
+
+def test_batch_norms_without_running_statistics_are_judged_by_batches_and_said_so():
+    with pytest.raises(RequestError, match=r'say so with evaluation\.batch_norm = "batch"'):
+        assemble(experiment("share_affine", model=untracked))
+    assemble(experiment("share_affine", "batch", model=untracked))
 
 
 def test_under_local_two_clients_differ_in_batch_norm_alone():
@@ -208,6 +261,8 @@ def test_what_has_nothing_to_act_on_or_nobody_to_test_is_refused():
     for kept in ("local", "share_all"):
         with pytest.raises(RequestError, match="has no batch norm"):
             assemble(experiment(kept, model="mlp"))
+    with pytest.raises(RequestError, match="has no batch norm"):
+        assemble(experiment("share_affine", "clients", model="mlp"))
     with pytest.raises(RequestError, match=r"client\.batch_size: 1"):
         assemble(experiment("share_affine", client={"batch_size": 1}))
     with pytest.raises(RequestError, match="proxy"):
