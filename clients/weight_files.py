@@ -68,7 +68,7 @@ def _read(path: Path, key: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise RequestError(f"{key}: {path}: no such file")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or _has_safetensors_header(path):
             return _unpacked(path, load_file(path))
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle raises depends on which of its bytes are damaged
@@ -86,6 +86,13 @@ def _read(path: Path, key: str) -> dict[str, Tensor]:
         hint = f" (one may be inside, under {', '.join(map(repr, inside))})" if inside else ""
         raise RequestError(f"{key}: {path} is no state dict{hint}; save model.state_dict(), name to tensor")
     return found
+
+
+def _has_safetensors_header(path: Path) -> bool:
+    """Whether a file, whatever it is called, begins as the format does: the header's length, then JSON."""
+    with open(path, "rb") as file:
+        begin = file.read(9)
+    return begin[8:] == b"{" and 8 + int.from_bytes(begin[:8], "little") <= path.stat().st_size
 
 
 def _unpacked(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -235,7 +235,8 @@ def test_a_file_of_weights_comes_back_statistics_included(name, tmp_path):
         torch.save(saved.state_dict(), tmp_path / name)
     else:
         safetensors.torch.save_file(saved.state_dict(), tmp_path / name)
-    model = from_file(net(), tmp_path / name)
+    renamed = (tmp_path / name).rename(tmp_path / "weights.bin")  # what it is called does not matter
+    model = from_file(net(), renamed)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in saved.state_dict().items())
     halves = {key: value.to(torch.bfloat16) for key, value in saved.named_parameters()}
     torch.save(halves, tmp_path / "half.pt")  # buffers may be missing
