@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
@@ -23,7 +23,7 @@ from clients.optimizers import Optimizer
 from clients.recipe import Recipe
 from clients.regularization import Penalties, clip_norm
 from clients.schedules import Constant, Schedule
-from clients.task import loss_and_weights
+from clients.task import weighted_loss
 
 _VALIDATION_BATCH = 1024
 
@@ -123,9 +123,7 @@ class Descent:
         with torch.no_grad():
             for step, active in enumerate(plan.active):
                 w, g = rows[:active], grads[:active]
-                here = v
-                if v.client:
-                    here = replace(v, client={name: value[:active] for name, value in v.client.items()})
+                here = v.select(slice(active))
                 buffers = {name: buffer[:active] for name, buffer in stack.buffers.items()}
                 losses = self._gradients(w, g, plan, step, here, buffers)
                 count = plan.count[step, :active]
@@ -187,9 +185,8 @@ class Descent:
                 outputs = self.objective.module.with_weights(
                     {**self.block.unflatten(stack.rows[place]), **buffers}, batch
                 )
-                values, weights = loss_and_weights(self.objective.module.task, outputs, batch)
-                weights = torch.ones_like(values) if weights is None else weights
-                total += float((values * weights).sum(dtype=torch.float64))
+                weighted, weights = weighted_loss(self.objective.module.task, outputs, batch)
+                total += float(weighted.sum(dtype=torch.float64))
                 weight += float(weights.sum(dtype=torch.float64))
         finally:
             self.model.train()
@@ -214,10 +211,10 @@ class Descent:
         for length in plan.count[step, :active].unique().tolist():
             these = (plan.count[step, :active] == length).nonzero()[:, 0]
             part = torch.empty(len(these), w.shape[1], dtype=w.dtype)
-            here = replace(v, client={name: value[these] for name, value in v.client.items()})
             some = {name: buffer[these] for name, buffer in buffers.items()}
+            batch = self._take(index[these, :length])
             self._count_from(step)
-            losses[these] = self.executor.gradients(w[these], part, self._take(index[these, :length]), None, here, some)
+            losses[these] = self.executor.gradients(w[these], part, batch, None, v.select(these), some)
             g[these] = part
             for name, buffer in some.items():
                 buffers[name][these] = buffer

@@ -13,7 +13,6 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -133,7 +132,7 @@ class PrivateExecutor:
         for slot in self.layout:
             self.parameters[slot.name].data = rows[0, slot.slice].view(slot.shape).to(slot.dtype)
         one = {name: column[0] for name, column in batch.items()}
-        here = replace(v, client={name: value[0] for name, value in v.client.items()}) if v.client else v
+        here = v.select(0)
         size, reported = len(next(iter(one.values()))), torch.zeros(1, dtype=rows.dtype)
         if size:
             if not self.examined and (pair := _pair(one)) is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +12,12 @@ from clients.errors import RunError
 from clients.examples import Examples, in_precision
 from clients.normalization import batch_norms, batch_statistics, recalibrate
 from clients.objective import TaskModule
+from clients.recipe import BatchNorm
 from clients.statistics import Statistics
-from clients.task import Batch, Task, loss_and_weights
+from clients.task import Batch, Task, weighted_loss
 from clients.weights import Layout
 
 Total = dict[str, Tensor]
-
-
-BatchNorm = Literal["recalibrate", "batch", "shared", "clients", "clients_stored"]
 
 
 class Evaluator:
@@ -107,15 +104,14 @@ class Evaluator:
                 outputs = self.module(batch)
         else:
             outputs = self.module(batch)
-        values, weights = loss_and_weights(self.task, outputs, batch)
-        weights = torch.ones_like(values) if weights is None else weights
-        statistics = {"examples": torch.ones_like(values), "loss": values * weights, "loss_weight": weights}
+        weighted, weights = weighted_loss(self.task, outputs, batch)
+        statistics = {"examples": torch.ones_like(weighted), "loss": weighted, "loss_weight": weights}
         statistics |= self.task.statistics(outputs, batch)
         for name, value in statistics.items():
-            if value.shape[:1] != values.shape:
+            if value.shape[:1] != weighted.shape:
                 raise RunError(
                     f"{type(self.task).__name__}.statistics: {name!r} has shape {list(value.shape)} for"
-                    f" {len(values)} examples; give one value or several for each, [B] or [B, m]"
+                    f" {len(weighted)} examples; give one value or several for each, [B] or [B, m]"
                 )
         return {name: value[:, None] if value.dim() == 1 else value for name, value in statistics.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -35,6 +35,12 @@ class Variables:
     client: Mapping[str, Tensor] = field(default_factory=dict)
     server: Mapping[str, Tensor] = field(default_factory=dict)
     round: int = 0
+
+    def select(self, which: int | slice | Tensor) -> Variables:
+        """The same with the state of some clients alone; of one, without the dimension ``k``."""
+        return (
+            replace(self, client={name: value[which] for name, value in self.client.items()}) if self.client else self
+        )
 
 
 class Correction(Described):

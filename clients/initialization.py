@@ -1,9 +1,9 @@
 """How the server's first weights are drawn, by name. Every client starts from them.
 
 A function whose first argument is ``weight`` fills one layer's weight in place and returns it; one whose first argument
-is ``model`` fills the whole model. ``fan_in`` and ``fan_out`` are those of the layer's true
-connections: inputs that reach one output, and outputs that one input reaches (torch's own are wrong for grouped and
-transposed convolutions). Variances: Glorot and Bengio 2010, ``2 / (fan_in + fan_out)``; He et al. 2015, ``2 / fan_in``;
+is ``model`` fills the whole model. ``fan_in`` and ``fan_out`` are those of the layer's true connections: inputs that
+reach one output, and outputs that one input reaches (torch's own are wrong for grouped and transposed convolutions).
+Variances: Glorot and Bengio 2010, ``2 / (fan_in + fan_out)``; He et al. 2015, ``2 / fan_in``;
 LeCun et al. 1998, ``1 / fan_in``. Uniform draws have the same variance, so their limit is ``sqrt(3 variance)``.
 """
 
@@ -20,17 +20,15 @@ from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from clients import randomness
 from clients.catalog import build_function
 from clients.errors import RequestError, nearest
+from clients.normalization import NORMS
 from clients.parts import Part
 from clients.recipe import NonNegative, Positive
 from clients.weight_files import load_weights
-
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 Mode = Literal["fan_in", "fan_out"]
 
@@ -182,13 +180,13 @@ def _initialize(model: nn.Module, part: Part, seed: int, base: Path | None) -> N
     fill = build_function(part, "initializations", base, key=key)
     if _fills_models(fill):
         offered = {"base": base} if "base" in inspect.signature(fill).parameters else {}
-        with _saying("client.initialization", f"on {type(model).__name__}"):
+        with _saying(key, f"on {type(model).__name__}"):
             filled = fill(model, randomness.generator(seed, "initialization"), **offered)
         if filled is not None and filled is not model:
             raise RequestError(f"{key}: {part.name} did not return the model; fill the given one in place")
         return
     for place, module in model.named_modules():
-        if isinstance(module, _NORMS):
+        if isinstance(module, NORMS):
             for kind, parameter in module.named_parameters(recurse=False):
                 parameter.fill_(1.0 if kind == "weight" else 0.0)
         elif is_weighted(module):

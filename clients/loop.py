@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -54,7 +53,7 @@ class LoopExecutor:
             module, _, last = buffer_name.rpartition(".")
             setattr(self.modules[module], last, buffer[0])
         one = {name: self._arrange(column[0]) for name, column in batch.items()}
-        here = replace(v, client={name: value[0] for name, value in v.client.items()}) if v.client else v
+        here = v.select(0)
         with torch.enable_grad():
             loss, reported = self.objective(self.objective.module(one), one, None if mask is None else mask[0], here)
             loss.backward()

@@ -36,6 +36,10 @@ def without_running_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
+#: Norm layers of every kind, by type: what stands in their parameters is scales and shifts.
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Inside, batch norm normalises by the batch while all else (dropout) stays in evaluation mode."""

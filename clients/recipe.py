@@ -14,6 +14,9 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
+#: Where batch norm's statistics come from when a model is judged.
+BatchNorm = Literal["recalibrate", "clients", "clients_stored", "batch", "shared"]
+
 #: The learning rate when none is given; an optimiser of the user's own must be given one.
 DEFAULT_LR = {
     "sgd": 0.3,

@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from clients.normalization import NORMS
 from clients.recipe import Regularization
 from clients.weights import Layout, Slot
 
 Amount = float | Tensor
-
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def soft_threshold(row: Tensor, amount: Amount) -> Tensor:
@@ -101,7 +99,7 @@ class Penalties:
 
     def _falls(self, slot: Slot, module: nn.Module, name: str) -> bool:
         """Whether L1, L2, decay and elastic net fall on a parameter, which goes by ``name`` in its module."""
-        if isinstance(module, _NORMS):
+        if isinstance(module, NORMS):
             return self.said.penalize_norms
         return self.said.penalize_biases or not _is_bias(slot, name)
 
@@ -162,7 +160,7 @@ def _channels(slot: Slot, module: nn.Module) -> tuple[int, int, int, int] | None
 
     Output channels come first, except in a transposed convolution. None for biases, and for norms of any shape.
     """
-    if len(slot.shape) < 2 or isinstance(module, _NORMS):
+    if len(slot.shape) < 2 or isinstance(module, NORMS):
         return None
     if isinstance(module, _ConvTransposeNd):
         inputs, outputs, *window = slot.shape

@@ -50,10 +50,8 @@ class Statistics:
 
     def of(self, model: nn.Module) -> Tensor:
         """The model's own, ``[2 c]``."""
-        places = dict(model.named_modules())
-        means = [places[norm.name].running_mean for norm in self.norms]
-        variances = [places[norm.name].running_var for norm in self.norms]
-        return torch.cat([torch.as_tensor(value).detach().reshape(-1) for value in (*means, *variances)])
+        buffers = dict(model.named_buffers())
+        return self.gathered({name: buffers[name] for name in self.views(torch.empty(self.size))})
 
     def views(self, block: Tensor) -> dict[str, Tensor]:
         """Buffer name -> view of a row ``[2 c]`` or block ``[k, 2 c]``."""

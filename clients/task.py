@@ -218,6 +218,13 @@ def loss_and_weights(task: Task, outputs: Any, batch: Batch, smoothing: float = 
     return values, weights
 
 
+def weighted_loss(task: Task, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """A task's loss as ``[B]`` values times their weights, and the ``[B]`` weights: the sums make a mean."""
+    values, weights = loss_and_weights(task, outputs, batch)
+    weights = torch.ones_like(values) if weights is None else weights
+    return values * weights, weights
+
+
 def one_each(values: Tensor, where: str) -> None:
     """Refuses a loss that is not one value an example.
 

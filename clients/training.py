@@ -181,13 +181,11 @@ class Trainer:
     def _all_state(
         self, k: int, client: Mapping[str, Tensor], server: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        dtype, correction = self.layout.dtype, self.correction
-
-        def length(size: str | int) -> int:
-            return self.layout.size if size == "row" else int(size)
-
+        dtype, correction, length = self.layout.dtype, self.correction, self.layout.length
         mine = {f"{CORRECTION}{name}": length(size) for name, size in correction.client_state.items()} | self.kept
         theirs = {f"{CORRECTION}{name}": length(size) for name, size in correction.server_state.items()}
+        if self.statistics is not None and self.recipe.batch_norm == "share_all":
+            theirs[STATISTICS] = self.statistics.kept_size
         state = {name: torch.zeros(k, size, dtype=dtype) for name, size in mine.items() if name not in client}
         held = {name: torch.zeros(size, dtype=dtype) for name, size in theirs.items() if name not in server}
         return {**state, **client}, {**held, **server}
@@ -281,8 +279,7 @@ class Trainer:
         """Batch norm's running statistics by buffer, ``[k, channels]`` each: the client's own or the server's."""
         if self.statistics is None:
             return {}
-        nothing = torch.zeros(k, self.statistics.kept_size, dtype=self.layout.dtype)
-        kept = server[STATISTICS].expand(k, -1) if STATISTICS in server else state.get(STATISTICS, nothing)
+        kept = state[STATISTICS] if STATISTICS in state else server[STATISTICS].expand(k, -1)
         return self.statistics.spread(self.statistics.in_work(kept))
 
     def _with_statistics(

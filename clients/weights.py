@@ -96,6 +96,16 @@ class Layout:
         """Name -> shape, in order."""
         return {slot.name: list(slot.shape) for slot in self.slots}
 
+    def length(self, size: str | int) -> int:
+        """How long a declared piece of state is: ``"row"`` is one number a parameter.
+
+        Raises:
+            RequestError: for any other word.
+        """
+        if size != "row" and not isinstance(size, int):
+            raise RequestError(f'state of size {size!r}; say "row" for one number a parameter, or how many numbers')
+        return self.size if size == "row" else int(size)
+
     def __iter__(self) -> Iterator[Slot]:
         return iter(self.slots)
 

@@ -78,6 +78,7 @@ def assemble(experiment: Experiment) -> Assembly:
     if client.precision == "float64":
         model.double()
     _set_dropout(experiment, model)
+    statistics = Statistics(model)
     setup = Setup(
         model=model,
         task=task,
@@ -89,7 +90,7 @@ def assemble(experiment: Experiment) -> Assembly:
         schedule=_built(experiment, "client.schedule", "schedules", client.schedule, Schedule),
         step_schedule=_built(experiment, "client.step_schedule", "schedules", client.step_schedule, Schedule),
         local_training=_local_training(experiment),
-        statistics=Statistics(model) if Statistics(model).norms else None,
+        statistics=statistics if statistics.norms else None,
         stacked=False,
         seed=seed,
         rounds=experiment.rounds,
@@ -210,10 +211,7 @@ def _check_training(experiment: Experiment, setup: Setup) -> None:
     client, model, problems = experiment.client, setup.model, []
     norms = batch_norms(model)
     if client.batch_norm != "share_affine" and not norms:
-        problems.append(
-            f'client.batch_norm: "{client.batch_norm}" has nothing to act on, since {type(model).__name__} has no batch'
-            ' norm; set model.norm = "batch", or leave it out'
-        )
+        problems.append(_no_batch_norm("client.batch_norm", client.batch_norm, model))
     elif client.batch_norm == "share_all" and setup.statistics is None:
         problems.append('client.batch_norm: "share_all" needs batch norms that keep running statistics, and none does')
     if norms and client.batch_size == 1:
@@ -242,6 +240,13 @@ def _check_training(experiment: Experiment, setup: Setup) -> None:
             )
     if problems:
         raise RequestError(problems)
+
+
+def _no_batch_norm(key: str, said: str, model: nn.Module) -> str:
+    return (
+        f'{key}: "{said}" has nothing to act on, since {type(model).__name__} has no batch norm; set model.norm ='
+        ' "batch", or leave it out'
+    )
 
 
 def _check_evaluation(experiment: Experiment, setup: Setup) -> None:
@@ -273,12 +278,9 @@ def _check_evaluation(experiment: Experiment, setup: Setup) -> None:
             ' evaluated batch\'s own; say so with evaluation.batch_norm = "batch", or let them track statistics'
         )
     if not norms and setup.batch_norm in ("clients", "clients_stored"):
-        raise RequestError(
-            f'evaluation.batch_norm: "{setup.batch_norm}" has nothing to act on, since {type(setup.model).__name__} has'
-            ' no batch norm; set model.norm = "batch", or leave it out'
-        )
+        raise RequestError(_no_batch_norm("evaluation.batch_norm", setup.batch_norm, setup.model))
     proxies = len(population.server["proxy"]) if "proxy" in population.server else 0
-    if batch_norms(setup.model) and setup.batch_norm == "recalibrate" and proxies < 2:
+    if norms and setup.batch_norm == "recalibrate" and proxies < 2:
         raise RequestError(
             f"evaluation.batch_norm: recalibration needs proxy examples and there are {proxies}; set data.proxy, or"
             ' evaluation.batch_norm = "batch"'

@@ -21,9 +21,24 @@ def conflicts(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str
 def counted(table: Mapping[str, Any]) -> bool:
     """Whether the number of clients is the experiment's own: a natural partition has as many as its source."""
     data = table.get("data", {})
-    partition = data.get("partition", "dirichlet") if isinstance(data, Mapping) else None
-    named = partition.get("name") if isinstance(partition, Mapping) else partition
+    named = _name_of(data.get("partition", "dirichlet")) if isinstance(data, Mapping) else None
     return isinstance(named, str) and named != "natural" and ":" not in named
+
+
+def only_clients_test(kept: Any, evaluated: Any, personal: Any = ()) -> bool:
+    """Whether the server has no whole model to test, by what stays with clients and where statistics come from.
+
+    Args:
+        kept: ``client.batch_norm``.
+        evaluated: ``evaluation.batch_norm``.
+        personal: ``client.personal``.
+    """
+    return bool(personal) or kept == "local" or evaluated in ("clients", "clients_stored")
+
+
+def _name_of(part: Any) -> Any:
+    """The name in a part's table, or the part where it is a name itself."""
+    return part.get("name") if isinstance(part, Mapping) else getattr(part, "name", part)
 
 
 class _Reader:
@@ -85,9 +100,8 @@ def _evaluation_conflicts(read: _Reader) -> Iterable[str]:
 
 def _clients_test(read: _Reader) -> bool:
     """Whether clients get test examples without being told to, since they alone can test."""
-    own = read.get("client.personal") or read.get("client.batch_norm") == "local"
-    by_client = read.get("evaluation.batch_norm") in ("clients", "clients_stored")
-    return bool(read.get("data.client_test_fraction") is None and (own or by_client))
+    keys = ("client.batch_norm", "evaluation.batch_norm", "client.personal")
+    return read.get("data.client_test_fraction") is None and only_clients_test(*map(read.get, keys))
 
 
 def _batch_norm_conflicts(read: _Reader) -> Iterable[str]:
@@ -107,8 +121,8 @@ def _batch_norm_conflicts(read: _Reader) -> Iterable[str]:
             "evaluation.batch_norm: 'clients_stored' needs statistics that stay with a client, and client.batch_norm ="
             ' "share_all" shares them; give \'shared\', or client.batch_norm = "share_affine"'
         )
-    tested_by = {"local": 'client.batch_norm = "local"'}.get(kept, f"evaluation.batch_norm = {said!r}")
-    if (kept == "local" or said in ("clients", "clients_stored")) and read.get("data.client_test_fraction") == 0:
+    tested_by = 'client.batch_norm = "local"' if kept == "local" else f"evaluation.batch_norm = {said!r}"
+    if only_clients_test(kept, said) and read.get("data.client_test_fraction") == 0:
         yield (
             f"data.client_test_fraction: 0 leaves nobody to test under {tested_by}, where the server has no whole"
             " model; give a share above 0, or leave it out"
@@ -130,8 +144,7 @@ def _client_conflicts(read: _Reader) -> Iterable[str]:
         )
     keeps = "keep" if read.get("client.optimizer_state") == "keep" else None
     schedule = read.get("client.step_schedule")
-    named = schedule.get("name") if isinstance(schedule, Mapping) else getattr(schedule, "name", schedule)
-    schedule = None if named == "constant" else schedule
+    schedule = None if _name_of(schedule) == "constant" else schedule
     clip = read.get("client.gradient_clip")
     for key, value in {
         "dp_sgd": privacy,
@@ -156,9 +169,7 @@ def _amount(read: _Reader, name: str) -> Any:
 def _is_prox(read: _Reader) -> bool:
     strategy = read.given.get("strategy", {})
     table = strategy if isinstance(strategy, Mapping) else {"name": strategy}
-    names = [
-        str(part.get("name")) if isinstance(part, Mapping) else str(part) for part in (table, table.get("correction"))
-    ]
+    names = [str(_name_of(part)) for part in (table, table.get("correction"))]
     return any(name.lower().replace("_", "") in ("fedprox", "prox") for name in names)
 
 

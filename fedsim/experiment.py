@@ -17,15 +17,14 @@ import strategies.kinds  # noqa: F401  (declares what the server side of an expe
 from clients import catalog, problems
 from clients.errors import RequestError
 from clients.parts import Part
-from clients.recipe import Count, Recipe, Settings
+from clients.recipe import BatchNorm, Count, Recipe, Settings
 from fedsim import overriding, writing
-from fedsim.conflicts import conflicts, counted
+from fedsim.conflicts import conflicts, counted, only_clients_test
 
 NoneOrMore = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 #: What a batch-norm mode says of ``evaluation.batch_norm = "auto"``.
-BatchNorm = Literal["recalibrate", "clients", "clients_stored", "batch", "shared"]
 AUTO_BATCH_NORM: dict[str, BatchNorm] = {"share_affine": "recalibrate", "local": "clients", "share_all": "shared"}
 
 DIGITS = Path(__file__).with_name("digits.toml")
@@ -175,7 +174,7 @@ class EvaluationSettings(Section):
     """
 
     every: Count = 5
-    batch_norm: Literal["auto", "recalibrate", "clients", "clients_stored", "batch", "shared"] = "auto"
+    batch_norm: Literal["auto", BatchNorm] = "auto"
     batch_size: Count = 512
     clients: bool = False
 
@@ -281,8 +280,8 @@ class Experiment(Section):
         """The share of its own examples that each client tests on, the default where none is given."""
         if self.data.client_test_fraction is not None:
             return self.data.client_test_fraction
-        own = self.client.personal or self.client.batch_norm == "local"
-        return 0.2 if own or self.batch_norm in ("clients", "clients_stored") else 0.0
+        client = self.client
+        return 0.2 if only_clients_test(client.batch_norm, self.evaluation.batch_norm, client.personal) else 0.0
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults filled in, as plain values; what is left out (None) is not there."""

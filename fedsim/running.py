@@ -243,8 +243,7 @@ def plan(
     count = experiment.engine.workers or cores()
     parallel = 1 if chosen == "inline" else min(count, -(-cohort // stack_size))
     block = layout.all.size * layout.dtype.itemsize
-    sends = setup.recipe.batch_norm == "share_all" and setup.statistics is not None
-    shared = setup.statistics.size if sends and setup.statistics is not None else 0
+    shared = setup.shared_statistics.size if setup.shared_statistics is not None else 0
     rows = block * cohort if setup.strategy.aggregator.needs == "rows" else 2 * 8 * layout.size * parallel
     return {
         "experiment": experiment.resolved(),

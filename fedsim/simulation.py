@@ -99,8 +99,8 @@ class Simulation:
         self.weights = self.layout.flatten(setup.model)
         self.state = self.strategy.init(self._context(0))
         self.kept = self.strategy.client_state(self._context(0)) | setup.kept
-        if setup.recipe.batch_norm == "share_all" and setup.statistics is not None:
-            self.state[STATISTICS] = torch.zeros(setup.statistics.kept_size, dtype=self.layout.dtype)
+        if setup.shared_statistics is not None:
+            self.state[STATISTICS] = torch.zeros(setup.shared_statistics.kept_size, dtype=self.layout.dtype)
         if setup.recipe.dp_sgd is not None:
             self.state[_EPSILON] = torch.zeros((), dtype=torch.float64)
         self._staged: ClientState = {}
@@ -324,8 +324,8 @@ class Simulation:
 
     def _pooled(self, total: Updates) -> dict[str, Any]:
         """The state with the cohort's batch-norm statistics, where clients shared them and their weights allow it."""
-        known, weight = self.setup.statistics, total.weights.sum()
-        if STATISTICS not in total.sends or known is None or not float(weight) > 0:
+        known, weight = self.setup.shared_statistics, total.weights.sum()
+        if known is None or STATISTICS not in total.sends or not float(weight) > 0:
             return self.state
         row = known.pooled(total.sends[STATISTICS].sum(0), weight).to(self.layout.dtype)
         return {**self.state, STATISTICS: known.kept(row[None], total.steps.sum(0, keepdim=True))[0]}

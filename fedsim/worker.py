@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from clients.errors import RequestError
-from clients.evaluation import BatchNorm, Evaluator, Total
+from clients.evaluation import Evaluator, Total
 from clients.hooks import ClientFailure, LocalTraining
 from clients.local_state import CORRECTION, PERSONAL, kept_state
 from clients.normalization import batch_norms
 from clients.optimizers import Optimizer
-from clients.recipe import Recipe
+from clients.recipe import BatchNorm, Recipe
 from clients.schedules import Schedule
 from clients.statistics import STATISTICS, Statistics
 from clients.task import Batch, Task
@@ -118,10 +118,19 @@ class Setup:
         return self.statistics if tracks else None
 
     @property
+    def shared_statistics(self) -> Statistics | None:
+        """Batch norm's running statistics, where clients send them."""
+        return self.statistics if self.recipe.batch_norm == "share_all" else None
+
+    @property
+    def by_client(self) -> bool:
+        """Whether batch norm is judged by each client's own statistics."""
+        return self.batch_norm in ("clients", "clients_stored") and bool(batch_norms(self.model))
+
+    @property
     def server_has_all(self) -> bool:
         """Whether the server has a whole model to judge: no parameters, and no needed statistics, are clients' own."""
-        own = bool(self.layout.personal.size)
-        return not own and not (batch_norms(self.model) and self.batch_norm in ("clients", "clients_stored"))
+        return not self.layout.personal.size and not self.by_client
 
     @property
     def kept(self) -> dict[str, int]:
@@ -177,7 +186,7 @@ class Worker:
         self.setup = setup
         self.strategy, self.layout, self.population = setup.strategy, setup.layout, setup.population
         self.trainer = setup.trainer()
-        self.evaluator = setup.evaluator()
+        self.evaluator, self.by_client = setup.evaluator(), setup.by_client
         self.loaded: object = None
 
     def _context(self, broadcast: Mapping[str, Any]) -> Context:
@@ -210,7 +219,7 @@ class Worker:
         return Answer(TrainedChunk(small, trained.loss, norms, trained.report, trained.failures), tensors)
 
     def _trained(self, chunk: Chunk, broadcast: Mapping[str, Any]) -> Trained:
-        mine = {name for name in chunk.state if name.startswith(CORRECTION)} | set(self.setup.kept)
+        mine = {name for name in chunk.state if name.startswith(CORRECTION)} | set(self.trainer.kept)
         server = {name: value for name, value in broadcast["state"].items() if name.startswith(CORRECTION)}
         if broadcast["statistics"] is not None:
             server[STATISTICS] = broadcast["statistics"]
@@ -235,10 +244,9 @@ class Worker:
         assert piece.clients is not None
         client = int(piece.clients[i])
         state = {name: value[i] for name, value in piece.state.items()}
-        by_client = self.evaluator.normalizes and self.setup.batch_norm in ("clients", "clients_stored")
-        if PERSONAL not in state and not by_client:
+        if PERSONAL not in state and not self.by_client:
             self.load(broadcast)
-        elif not self.load_client(client, state, by_client, broadcast):
+        elif not self.load_client(client, state, self.by_client, broadcast):
             return None
         members = self.population.splits[piece.split].of(client)
         return self.evaluator.totals(self.population.columns, torch.from_numpy(members))

@@ -107,16 +107,16 @@ class Strategy:
         state = _under("aggregator", self.aggregator.init(ctx))
         state |= _under("server_optimizer", self.server_optimizer.init(ctx.weights))
         for name, size in self.correction.server_state.items():
-            state[f"correction/{name}"] = torch.zeros(_length(size, ctx), dtype=ctx.layout.dtype)
+            state[f"correction/{name}"] = torch.zeros(ctx.layout.length(size), dtype=ctx.layout.dtype)
         for place, plugin in self._named_plugins():
             state |= _under(place, plugin.init(ctx))
         return state
 
     def client_state(self, ctx: Context) -> dict[str, int]:
         """Name -> length of what every client keeps between rounds."""
-        kept = {f"correction/{name}": _length(size, ctx) for name, size in self.correction.client_state.items()}
+        kept = {f"correction/{name}": ctx.layout.length(size) for name, size in self.correction.client_state.items()}
         for place, plugin in self._named_plugins():
-            kept |= {f"{place}/{name}": _length(size, ctx) for name, size in plugin.client_state.items()}
+            kept |= {f"{place}/{name}": ctx.layout.length(size) for name, size in plugin.client_state.items()}
         return kept
 
     def broadcast(self, state: State) -> State:
@@ -187,12 +187,6 @@ def _named(part: object, half: str, ctx: Context) -> Iterator[None]:
         raise
     except Exception as error:
         raise RunError(f"round {ctx.round}, {type(part).__name__}.{half}: {type(error).__name__}: {error}") from error
-
-
-def _length(size: str | int, ctx: Context) -> int:
-    if size != "row" and not isinstance(size, int):
-        raise RequestError(f'state of size {size!r}; say "row" for one number a parameter, or how many numbers')
-    return ctx.layout.size if size == "row" else int(size)
 
 
 def _under(place: str, state: Mapping[str, Any]) -> State:
