@@ -47,6 +47,8 @@ def work(recipe: Recipe, examples: np.ndarray, clients: np.ndarray, seed: int, r
         number = low + np.floor(draws * (high - low + 1)).astype(np.int64)
     else:
         number = np.full(len(clients), amount, dtype=np.int64)
+    if recipe.personal_epochs is not None:
+        number = number + recipe.personal_epochs
     steps = number * per_epoch if recipe.steps is None else np.where(per_epoch > 0, number, 0)
     return Work(examples, per_epoch, steps)
 

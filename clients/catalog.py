@@ -387,6 +387,8 @@ def _settings(part: Part, kind: str, base: Path | None, key: str) -> dict[str, A
     for name, known in (entry.settings if entry else {}).items():
         if name in settings and known.is_path:
             settings[name] = _file(str(settings[name]), base)
+        elif known.is_folder and known.given(settings, name) is not None:
+            settings[name] = str(_file(known.given(settings, name), base))
     return settings
 
 

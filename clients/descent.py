@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from clients.augmentation import Transforms
 from clients.batches import Schedule as Batches
 from clients.batches import Work
 from clients.early_stopping import Watch
@@ -25,6 +26,9 @@ from clients.regularization import Penalties, clip_norm
 from clients.schedules import Constant, Schedule
 from clients.task import weighted_loss
 
+if TYPE_CHECKING:
+    from clients.adversarial import Adversary
+
 _VALIDATION_BATCH = 1024
 
 
@@ -37,27 +41,60 @@ class Rates:
         by_round: factor by round.
         by_step: factor by local step, over each client's own steps of the round.
         rounds: how many rounds there are in all.
+        factors: factor by parameter ``[D]``, or None where all have the same rate.
     """
 
     lr: float
     by_round: Schedule
     by_step: Schedule
     rounds: int
+    factors: Tensor | None = None
 
     def of(self, round: int) -> float:
         """The round's rate."""
         return self.lr * float(self.by_round.factor(max(round - 1, 0), self.rounds))
 
     def at(self, step: int, steps: Tensor, of_round: float, dtype: torch.dtype) -> float | Tensor:
-        """One rate for all, or ``[k, 1]`` where each client's depends on its number of steps ``[k]``."""
-        if self.constant:
-            return of_round
-        return of_round * torch.as_tensor(self.by_step.factor(step, steps), dtype=dtype).reshape(-1, 1)
+        """One rate for all, or ``[k, 1]``, ``[1, D]``, ``[k, D]`` where clients (by their number of steps) or
+        parameters differ.
+        """
+        rate: float | Tensor = of_round
+        if not self.constant:
+            rate = of_round * torch.as_tensor(self.by_step.factor(step, steps), dtype=dtype).reshape(-1, 1)
+        return rate if self.factors is None else rate * self.factors[None]
 
     @cached_property
     def constant(self) -> bool:
         """Whether all local steps have the round's rate."""
         return self.by_step == Constant()
+
+
+@dataclass(frozen=True)
+class _Phases:
+    """Trains the personal parameters alone for a client's first steps, and the shared ones alone for the others.
+
+    Attributes:
+        first: ``int64 [k]`` steps of the first phase.
+        shared: how many columns, the first ones, are shared.
+        held: ``[k, D]``: the shared columns as they began; the personal ones as the first phase left them.
+    """
+
+    first: Tensor
+    shared: int
+    held: Tensor
+
+    def before(self, g: Tensor, step: int) -> None:
+        """Takes from the gradients ``[active, D]`` what is held."""
+        personal = (step < self.first[: len(g)])[:, None]
+        g[:, : self.shared].masked_fill_(personal, 0)
+        g[:, self.shared :].masked_fill_(~personal, 0)
+
+    def after(self, w: Tensor, step: int) -> None:
+        """Puts back what is held, since decay and moments move weights without a gradient."""
+        personal, held = (step < self.first[: len(w)])[:, None], self.held[: len(w)]
+        w[:, : self.shared] = torch.where(personal, held[:, : self.shared], w[:, : self.shared])
+        held[:, self.shared :] = torch.where(personal, w[:, self.shared :], held[:, self.shared :])
+        w[:, self.shared :] = held[:, self.shared :]
 
 
 class Descent:
@@ -72,6 +109,8 @@ class Descent:
         examples: the pool that examples are taken from.
         validation: client id -> positions of its validation examples, for early stopping.
         by_length: whether short batches train in stacks of their own instead of being masked.
+        transforms: changes inputs at random, where given.
+        adversary: changes inputs for the worse, where given.
     """
 
     def __init__(
@@ -84,9 +123,13 @@ class Descent:
         examples: Examples,
         validation: Callable[[int], np.ndarray] | None,
         by_length: bool,
+        transforms: Transforms | None = None,
+        adversary: Adversary | None = None,
     ):
+        self.transforms, self.adversary = transforms, adversary
         self.objective, self.executor, self.recipe, self.optimizer = objective, executor, recipe, optimizer
         self.rates, self.examples, self.validation, self.by_length = rates, examples, validation, by_length
+        self.validated = examples
         self.model, self.correction = objective.module.model, objective.correction
         self.layout, self.block = objective.layout, objective.layout.all
         self.buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -120,18 +163,23 @@ class Descent:
         watch = self._watch(stack, done)
         total, seen = torch.zeros(k, dtype=torch.float64), plan.count.sum(0)
         taken, lr = torch.from_numpy(done.steps), self.rates.of(v.round)
+        phases = self._phases(stack, done)
         with torch.no_grad():
             for step, active in enumerate(plan.active):
                 w, g = rows[:active], grads[:active]
                 here = v.select(slice(active))
                 buffers = {name: buffer[:active] for name, buffer in stack.buffers.items()}
-                losses = self._gradients(w, g, plan, step, here, buffers)
+                losses = self._gradients(w, g, plan, step, here, buffers, stack.clients[:active])
                 count = plan.count[step, :active]
                 if watch is not None:
                     count = count * ~watch.stopped[:active]
                     seen[:active] += count - plan.count[step, :active]
                 total[:active] += losses * count
+                if phases is not None:
+                    phases.before(g, step)
                 self._step(w, g, stack, here, step, self.rates.at(step, taken[:active], lr, w.dtype))
+                if phases is not None:
+                    phases.after(w, step)
                 if watch is not None and watch.look(step, active):
                     seen -= plan.count[step + 1 :].sum(0)
                     break
@@ -154,6 +202,12 @@ class Descent:
         count: int | Tensor = stack.state[STEPS][:active] + step if STEPS in stack.state else step
         self.optimizer.step(w, g, {name: block[:active] for name, block in stack.moments.items()}, lr, count)
         penalties.after(w, lr)
+
+    def _phases(self, stack: Stack, done: Work) -> _Phases | None:
+        if self.recipe.personal_epochs is None:
+            return None
+        first = torch.from_numpy(self.recipe.personal_epochs * done.per_epoch)
+        return _Phases(first, self.layout.size, stack.rows.clone())
 
     def _watch(self, stack: Stack, done: Work) -> Watch | None:
         if self.recipe.early_stopping is None or self.validation is None:
@@ -181,7 +235,7 @@ class Descent:
         self.model.eval()
         try:
             for part in members.split(_VALIDATION_BATCH):
-                batch = self._take(part)
+                batch = in_precision(self.validated.take(part), self.block.dtype)
                 outputs = self.objective.module.with_weights(
                     {**self.block.unflatten(stack.rows[place]), **buffers}, batch
                 )
@@ -198,27 +252,52 @@ class Descent:
             cast(Tensor, norm.num_batches_tracked).fill_(step)
 
     def _gradients(
-        self, w: Tensor, g: Tensor, plan: Batches, step: int, v: Variables, buffers: dict[str, Tensor]
+        self,
+        w: Tensor,
+        g: Tensor,
+        plan: Batches,
+        step: int,
+        v: Variables,
+        buffers: dict[str, Tensor],
+        clients: np.ndarray,
     ) -> Tensor:
-        active = len(w)
-        self._count_from(step)
+        active, count = len(w), plan.count[step, : len(w)]
         index, mask = plan.index[step, :active], plan.mask(step, active)
-        if mask is None or not self.by_length:
-            return self.executor.gradients(w, g, self._take(index), mask, v, buffers)
-        if active == 1:
-            return self.executor.gradients(w, g, self._take(index[:, : int(plan.count[step, 0])]), None, v, buffers)
+        if mask is None or not self.by_length or active == 1:
+            if mask is not None and self.by_length:
+                index, mask = index[:, : int(count[0])], None
+            batch = self._batch(w, index, count, v.round, step, clients)
+            self._count_from(step)
+            return self.executor.gradients(w, g, batch, mask, v, buffers)
         losses = torch.empty(active, dtype=w.dtype)
-        for length in plan.count[step, :active].unique().tolist():
-            these = (plan.count[step, :active] == length).nonzero()[:, 0]
+        for length in count.unique().tolist():
+            these = (count == length).nonzero()[:, 0]
             part = torch.empty(len(these), w.shape[1], dtype=w.dtype)
             some = {name: buffer[these] for name, buffer in buffers.items()}
-            batch = self._take(index[these, :length])
+            batch = self._batch(w[these], index[these, :length], count[these], v.round, step, clients[these.numpy()])
             self._count_from(step)
             losses[these] = self.executor.gradients(w[these], part, batch, None, v.select(these), some)
             g[these] = part
             for name, buffer in some.items():
                 buffers[name][these] = buffer
         return losses
+
+    def _batch(
+        self,
+        w: Tensor,
+        index: Tensor,
+        count: Tensor,
+        round: int,
+        step: int,
+        clients: np.ndarray,
+    ) -> dict[str, Tensor]:
+        """The examples at ``index`` ``[k, B]`` as they are trained on: transformed, then attacked."""
+        batch = self._take(index)
+        if self.transforms is not None:
+            batch = in_precision(self.transforms.stack(batch, count, clients, round, step), self.block.dtype)
+        if self.adversary is not None and index.shape[1]:
+            batch = dict(self.adversary(w, batch, count, round, clients, step))
+        return batch
 
     def _take(self, index: Tensor) -> dict[str, Tensor]:
         return in_precision(self.examples.take(index), self.block.dtype)

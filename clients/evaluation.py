@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,12 +99,20 @@ class Evaluator:
                 total[name] = total[name] + summed if name in total else summed
         return total
 
-    def _statistics(self, batch: Batch) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> float:
+        """The mean loss of a batch."""
+        weighted, weights = weighted_loss(self.task, self._outputs(batch), batch)
+        return float(weighted.sum() / weights.sum())
+
+    def _outputs(self, batch: Batch) -> Any:
         if self.batch_norm == "batch":
             with batch_statistics(self.model):
-                outputs = self.module(batch)
-        else:
-            outputs = self.module(batch)
+                return self.module(batch)
+        return self.module(batch)
+
+    def _statistics(self, batch: Batch) -> dict[str, Tensor]:
+        outputs = self._outputs(batch)
         weighted, weights = weighted_loss(self.task, outputs, batch)
         statistics = {"examples": torch.ones_like(weighted), "loss": weighted, "loss_weight": weights}
         statistics |= self.task.statistics(outputs, batch)

@@ -91,10 +91,13 @@ class ClientData:
 
     Attributes:
         columns: name -> ``[n, ...]``.
+        generator: draws the batches.
+        transforms: changes a batch at random; :meth:`batches` calls it with the number of the batch as ``step``.
     """
 
     columns: dict[str, Tensor]
     generator: torch.Generator
+    transforms: Callable[..., dict[str, Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -103,9 +106,12 @@ class ClientData:
         """Shuffled mini-batches; the last of an epoch may be short."""
         import torch
 
+        step = 0
         for _ in range(epochs):
             for index in torch.randperm(len(self), generator=self.generator).split(batch_size):
-                yield {name: column[index] for name, column in self.columns.items()}
+                batch = {name: column[index] for name, column in self.columns.items()}
+                yield batch if self.transforms is None else self.transforms(batch, step=step)
+                step += 1
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,6 +28,7 @@ from clients.errors import RequestError, nearest
 from clients.normalization import NORMS
 from clients.parts import Part
 from clients.recipe import NonNegative, Positive
+from clients.transfer import load_published
 from clients.weight_files import load_weights
 
 Mode = Literal["fan_in", "fan_out"]
@@ -101,9 +102,30 @@ def default(weight: Tensor, fan_in: int, fan_out: int, generator: Generator) -> 
     return weight
 
 
-def file(model: nn.Module, generator: Generator, *, path: Path, base: Path | None = None) -> nn.Module:
-    """The weights of a file: safetensors, a PyTorch state dict, or an earlier run (its folder, or a checkpoint)."""
-    return load_weights(model, (base or Path()) / path)
+def file(
+    model: nn.Module, generator: Generator, *, path: Path, new: Sequence[str] = (), base: Path | None = None
+) -> nn.Module:
+    """The weights of a file: safetensors, a PyTorch state dict, or an earlier run (its folder, or a checkpoint).
+
+    ``new`` names layers that begin as the model made them, such as a head for other classes.
+    """
+    return load_weights(model, (base or Path()) / path, new=new)
+
+
+def pretrained(
+    model: nn.Module,
+    generator: Generator,
+    *,
+    weights: str = "DEFAULT",
+    architecture: str | None = None,
+    new: Sequence[str] = (),
+) -> nn.Module:
+    """The weights that torchvision publishes for the model's architecture, downloaded once.
+
+    ``weights`` is a name of theirs (``IMAGENET1K_V1``), ``architecture`` the model's where it cannot be told
+    (``resnet18``), and ``new`` names layers that begin as the model made them, such as a head for other classes.
+    """
+    return load_published(model, weights, architecture, new)
 
 
 def _he(fan_in: int, fan_out: int, slope: float, mode: Mode) -> float:

@@ -61,5 +61,7 @@ declare(
         offered=("weight", "fan_in", "fan_out", "model", "generator", "base"),
     ),
     Kind("schedules", "schedule", "clients", base="Schedule"),
+    Kind("transforms", "transform", "torchvision.transforms.v2", base="Transform"),
+    Kind("attacks", "attack", "clients", base="DataAttack"),
     Kind("local_trainings", "local training", "clients", base="LocalTraining"),
 )

@@ -31,6 +31,9 @@ class LoopExecutor:
         }
         for name in self.copied:
             self.parameters[name].data = self._arrange(self.parameters[name].data.clone())
+        for parameter in self.parameters.values():
+            if not parameter.requires_grad:
+                parameter.data = self._arrange(parameter.data)
         self.modules = dict(objective.module.model.named_modules())
 
     def gradients(

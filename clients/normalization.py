@@ -24,6 +24,49 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
+class FixedBatchNorm(nn.Module):
+    """A batch norm that is not trained: ``(x - mean) / sqrt(variance + eps) * weight + bias``, all four as they came.
+
+    Its tensors have a batch norm's names, and none of them is a parameter.
+
+    Args:
+        norm: the batch norm that it takes the place of; it has running statistics.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, norm: _BatchNorm):
+        super().__init__()
+        assert norm.running_mean is not None
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            tensor = getattr(norm, name)
+            self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+        self.eps = norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = (self.running_var + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -self.running_mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias
+        shape = (1, -1, *(1,) * (x.dim() - 2))
+        return x * scale.view(shape) + shift.view(shape)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.running_mean)}, eps={self.eps}"
+
+
+def has_statistics(norm: _BatchNorm) -> bool:
+    """Whether a batch norm's running statistics are others than those that it is made with, mean 0 and variance 1."""
+    if norm.running_mean is None or norm.running_var is None:
+        return False
+    return bool((norm.running_mean != 0).any() or (norm.running_var != 1).any())
+
+
 def without_running_statistics(model: nn.Module) -> nn.Module:
     """Lets every batch and instance norm of ``model`` (in place) use the batch's own statistics and keep none.
 

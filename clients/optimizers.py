@@ -30,7 +30,8 @@ class Optimizer:
         """One step in place; ``grads`` may be overwritten.
 
         ``lr``, and ``step`` that counts from 0, are numbers, or ``[k, 1]`` where clients differ: under a schedule over
-        local steps, and where moments are kept between rounds.
+        local steps, and where moments are kept between rounds. Where parameters have rates of their own, ``lr`` is
+        ``[1, d]`` or ``[k, d]``.
         """
         raise NotImplementedError
 

@@ -39,7 +39,7 @@ class Part:
             return value
         if isinstance(value, str):
             return cls._named(value, {})
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and type(value).__module__.partition(".")[0] != "datasets":
             settings = {key: setting for key, setting in value.items() if key != "name"}
             if isinstance(value.get("name"), str):
                 return cls._named(value["name"], settings)

@@ -47,6 +47,15 @@ class Parameter:
         """``Path``, ``Path | None``, ``str | Path``: a file that is relative to the experiment's."""
         return self.annotation is Path or Path in getattr(self.annotation, "__args__", ())
 
+    @property
+    def is_folder(self) -> bool:
+        """A folder, relative to the experiment's file, that need not exist yet (:data:`clients.recipe.Folder`)."""
+        return "folder" in getattr(self.annotation, "__metadata__", ())
+
+    def given(self, settings: Mapping[str, Any], name: str) -> Any:
+        """What is given under a name, or the folder that is taken where none is; None for anything else."""
+        return settings.get(name, self.default if self.is_folder and isinstance(self.default, str) else None)
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -312,6 +321,9 @@ def _subscript(node: ast.Subscript, module: Module) -> Any:
     if outer is Annotated:
         made: Any = _resolve(items[0], module)
         for call in items[1:]:
+            if isinstance(_literal(call), str):
+                made = Annotated[made, _literal(call)]
+                continue
             if not (isinstance(call, ast.Call) and last_name(call.func) == "Field" and not call.args):
                 raise _UnknownError
             made = Annotated[made, Field(**{str(word.arg): ast.literal_eval(word.value) for word in call.keywords})]

@@ -13,6 +13,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Patterns = Annotated[tuple[str, ...], Strict(False)]
+
+#: A folder that is relative to the experiment's file, and need not exist yet.
+Folder = Annotated[str, "folder"]
 
 #: Where batch norm's statistics come from when a model is judged.
 BatchNorm = Literal["recalibrate", "clients", "clients_stored", "batch", "shared"]
@@ -118,15 +122,67 @@ class EarlyStopping(Settings):
     min_improvement: NonNegative = 0.0
 
 
+class Adapters(Settings):
+    """Low-rank adapters (LoRA; Hu et al. 2022): ``W x`` becomes ``W x + alpha/rank B A x``, and ``A`` and ``B`` train.
+
+    What the model had before is frozen, unless ``freeze`` says otherwise, so that clients send adapters only.
+
+    Attributes:
+        rank: of ``B A``; ``A`` is ``[rank, in]``, drawn as linear layers are, ``B`` ``[out, rank]``, zero at first.
+        alpha: the product counts ``alpha / rank``.
+        layers: patterns of the linear layers that get one; left out, all of them.
+        dropout: rate of dropout before ``A``, in training.
+        freeze_a: trains and sends ``B`` alone, so that the mean of the clients' products is the product of the mean
+            (FFA-LoRA; Sun et al. 2024).
+    """
+
+    rank: Count = 8
+    alpha: Positive = 16.0
+    layers: Patterns | None = None
+    dropout: Rate = 0.0
+    freeze_a: bool = False
+
+
+class Adversarial(Settings):
+    """Adversarial training on the client (Goodfellow et al. 2015; Madry et al. 2018; federated: Zizzo et al. 2020).
+
+    In every batch, inputs are replaced by the worst that an attack finds within ``eps`` of them (largest change of any
+    one number), inside the range of the source's inputs. The reported training loss is that of the batch as it is
+    trained on.
+
+    Attributes:
+        attack: ``pgd`` (projected gradient descent) or ``fgsm`` (one step to the edge).
+        eps: radius, in units of the inputs.
+        steps: of ``pgd``.
+        step_size: of ``pgd``; left out, ``2.5 eps / steps``.
+        random_start: whether ``pgd`` starts anywhere in the ball, or at the input.
+        fraction: share of each batch that is attacked.
+    """
+
+    attack: Literal["pgd", "fgsm"] = "pgd"
+    eps: Positive
+    steps: Count = 7
+    step_size: Positive | None = None
+    random_start: bool = True
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
 class Recipe(Settings):
     """How one client trains its local copy.
+
+    Patterns name parameters (``"head.*"``, ``"*.bias"``) or layers with all that is in them (``"head"``); ``"!head"``
+    takes back what an earlier pattern took, and of several that match the last counts.
 
     Attributes:
         initialization: how the server's first weights are drawn; every client starts from the server's.
         layer_initialization: pattern of layer names -> initialisation of those layers' weights instead.
+        freeze: patterns of parameters that keep their first values: they are neither trained nor sent. A batch norm all
+            of whose parameters are frozen goes on with the statistics that came with its weights, where some did.
+        adapters: see :class:`Adapters`.
         optimizer: ``sgd``, ``momentum``, ``nesterov``, ``adam``, ``adamw``, ``rmsprop``, ``adagrad`` or an own one.
         optimizer_state: whether its moments start anew every round (``reset``) or stay with the client (``keep``).
         lr: local learning rate; left out, the optimiser's default (:data:`DEFAULT_LR`).
+        lr_factors: pattern of parameters -> factor on their learning rate (discriminative; Howard and Ruder 2018).
         schedule: factor on ``lr`` by round: ``constant``, ``step``, ``cosine``, ``warmup``.
         step_schedule: the same by local step, over the client's own steps of the round; the factors multiply.
         batch_size: examples a local step; the last batch of an epoch may be short.
@@ -137,9 +193,13 @@ class Recipe(Settings):
         regularization: see :class:`Regularization`.
         gradient_clip: largest Euclidean norm of a client's gradient of the loss, before penalties are added.
         dp_sgd: see :class:`DpSgd`.
+        adversarial: see :class:`Adversarial`.
         batch_norm: what of batch norm leaves a client. ``share_affine``: scale and shift, statistics stay local;
             ``local``: nothing (FedBN, Li et al. 2021); ``share_all``: statistics too.
-        personal: patterns of parameter names (``"head.*"``) that stay on the client and are kept between rounds.
+        personal: patterns of parameters that stay on the client and are kept between rounds (FedPer; Arivazhagan et
+            al. 2019).
+        personal_epochs: epochs a round on the personal parameters alone, before ``epochs`` on the shared ones alone
+            (FedRep; Collins et al. 2021); left out, all are trained together.
         local_training: a :class:`clients.hooks.LocalTraining` of the user's own that replaces the loop.
         precision: dtype of the rows and of training; ``bfloat16`` keeps float32 rows and runs the model under autocast.
         execution: ``stacked`` trains many clients at once, ``loop`` one after another; ``auto`` decides and says why.
@@ -147,9 +207,12 @@ class Recipe(Settings):
 
     initialization: Part = Part("he_normal")
     layer_initialization: dict[str, Part] = {}
+    freeze: Patterns | None = None
+    adapters: Adapters | None = None
     optimizer: Part = Part("sgd")
     optimizer_state: Literal["reset", "keep"] = "reset"
     lr: Positive | None = None
+    lr_factors: dict[str, Positive] = {}
     schedule: Part = Part("constant")
     step_schedule: Part = Part("constant")
     batch_size: Count = 10
@@ -160,8 +223,10 @@ class Recipe(Settings):
     regularization: Regularization = Regularization()
     gradient_clip: Positive | None = None
     dp_sgd: DpSgd | None = None
+    adversarial: Adversarial | None = None
     batch_norm: Literal["share_affine", "local", "share_all"] = "share_affine"
-    personal: Annotated[tuple[str, ...], Strict(False)] = ()
+    personal: Patterns = ()
+    personal_epochs: Count | None = None
     local_training: Part | None = None
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
     execution: Literal["auto", "stacked", "loop"] = "auto"
@@ -176,6 +241,13 @@ class Recipe(Settings):
             raise ValueError('dp_sgd trains client by client; execution = "stacked" does not go with it')
         if self.dp_sgd is not None and self.precision == "bfloat16":
             raise ValueError('dp_sgd needs precision = "float32" or "float64"; bfloat16 does not go with it')
+        if self.dp_sgd is not None and self.adversarial is not None and self.adversarial.fraction < 1:
+            # Which examples are attacked would go by how many there are, and one more would change others' gradients.
+            raise ValueError("dp_sgd needs adversarial.fraction = 1, since a share of a batch depends on its size")
+        if self.personal_epochs is not None and not self.personal:
+            raise ValueError("personal_epochs has nothing to train; name the parameters with personal")
+        if self.personal_epochs is not None and self.steps is not None:
+            raise ValueError("personal_epochs goes before epochs, and steps is given instead of them; give epochs")
         if self.lr is None and self.optimizer.own:
             raise ValueError("an optimiser of your own has no default learning rate; give lr")
         return self

@@ -75,7 +75,7 @@ def proximal_gradient(rows: Tensor, start: Tensor, mu: float) -> Tensor:
 class Penalties:
     """A recipe's penalties on a block ``[k, D]``, in place; what has no amount costs nothing and changes no bit.
 
-    A learning rate is a number, or ``[k, 1]`` where clients differ.
+    A learning rate is a number, or ``[k, 1]``, ``[1, D]``, ``[k, D]`` where clients or parameters differ.
 
     Args:
         regularization: the amounts.
@@ -141,10 +141,12 @@ class Penalties:
             rows.copy_(elastic_net(rows, self._amount(lr, net.l1), self._amount(lr, net.l2)))
         if self.said.group_lasso:
             amount = lr * self.said.group_lasso
-            by_client = amount.reshape(-1, 1, 1, 1, 1) if isinstance(amount, Tensor) else amount
             for slot, shape in self.channels.items():
-                weight = rows[:, slot.slice].view(len(rows), *shape)
-                weight.copy_(group_shrink(weight, by_client, dim=(2, 4)))
+                weight, here = rows[:, slot.slice].view(len(rows), *shape), amount
+                if isinstance(amount, Tensor):  # within a parameter the rate is one
+                    place = slot.start if amount.shape[1] > 1 else 0
+                    here = amount[:, place].reshape(-1, 1, 1, 1, 1)
+                weight.copy_(group_shrink(weight, here, dim=(2, 4)))
 
     def _amount(self, lr: Amount, penalty: float) -> Amount:
         return lr * penalty if self.mask is None else lr * penalty * self.mask

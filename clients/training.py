@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clients import randomness
+from clients.augmentation import Transforms
 from clients.batches import Schedule as Batches
 from clients.batches import Work, schedule, work
 from clients.descent import Descent, Rates
@@ -38,10 +40,12 @@ from clients.schedules import Constant, Schedule
 from clients.stacked import StackedExecutor
 from clients.statistics import STATISTICS, Statistics
 from clients.task import Task
+from clients.transfer import rate_factors
 from clients.updates import Updates
 from clients.weights import Layout
 
 if TYPE_CHECKING:
+    from clients.adversarial import Adversary
     from clients.dp_sgd import PrivateExecutor
 
 
@@ -75,12 +79,16 @@ class Trainer:
         examples: the pool that clients' examples lie in.
         members: client id -> ``int64 [n]`` positions in the pool.
         validation: the same for each client's validation examples; early stopping reads them.
+        validated: where those lie, and not in the pool.
         optimizer: the local optimiser.
         schedule: factor on the learning rate by round.
         step_schedule: factor on the learning rate by local step.
         correction: what the strategy changes in the loop.
         local_training: replaces the loop, where given.
         statistics: batch norm's running statistics, where they are tracked.
+        transforms: changes of the inputs drawn anew for every batch.
+        input: the column of inputs, which adversarial training changes.
+        input_range: ``(low, high)`` of the inputs, which adversarial ones stay in.
         stacked: which execution.
         by_length: in stacked execution, whether short batches train in stacks of their own instead of being masked.
         seed: the experiment's seed.
@@ -98,11 +106,15 @@ class Trainer:
         *,
         optimizer: Optimizer,
         validation: Callable[[int], np.ndarray] | None = None,
+        validated: Examples | None = None,
         schedule: Schedule | None = None,
         step_schedule: Schedule | None = None,
         correction: Correction | None = None,
         local_training: LocalTraining | None = None,
         statistics: Statistics | None = None,
+        transforms: Transforms | None = None,
+        input: str = "x",
+        input_range: tuple[float, float] | None = None,
         stacked: bool = False,
         by_length: bool | None = None,
         seed: int = 0,
@@ -122,12 +134,30 @@ class Trainer:
         module = TaskModule(self.model, task, recipe.precision == "bfloat16")
         objective = Objective(module, layout, self.correction, recipe.regularization.label_smoothing)
         self.private: PrivateExecutor | None = None
+        adversary = self._adversary(objective, input, input_range)
         self.executor = self._executor(objective)
         # One client's short batch needs no mask; a stack's batch norm cannot have one.
         alone = bool(self.spare) if by_length is None else by_length
         by_length = alone or not isinstance(self.executor, StackedExecutor)
-        rates = Rates(recipe.learning_rate, schedule or Constant(), step_schedule or Constant(), rounds)
-        self.descent = Descent(objective, self.executor, recipe, optimizer, rates, examples, validation, by_length)
+        factors = rate_factors(recipe.lr_factors, self.block)
+        rates = Rates(recipe.learning_rate, schedule or Constant(), step_schedule or Constant(), rounds, factors)
+        self.transforms = transforms
+        self.descent = Descent(
+            objective, self.executor, recipe, optimizer, rates, examples, validation, by_length, transforms, adversary
+        )
+        self.descent.validated = validated or examples
+
+    def _adversary(self, objective: Objective, input: str, input_range: tuple[float, float] | None) -> Adversary | None:
+        said = self.recipe.adversarial
+        if said is None:
+            return None
+        from clients.adversarial import Adversary
+
+        module = objective.module
+        if self.recipe.dp_sgd is not None:  # Opacus' hooks would count the attack's passes
+            module = copy.deepcopy(module)
+        stacked = self.stacked and self.recipe.dp_sgd is None
+        return Adversary(module, self.block, said, stacked, input_range, self.seed, input)
 
     def _executor(self, objective: Objective) -> Executor:
         if self.recipe.dp_sgd is not None:
@@ -327,6 +357,7 @@ class Trainer:
         data = ClientData(
             in_precision(self.examples.take(members), self.block.dtype),
             randomness.generator(self.seed, "local_training", round, client),
+            None if self.transforms is None else partial(self.transforms, client=client, round=round),
         )
         told = dict(self.local_training.train(model, data, self._local_context(round, client, data)) or {})
         loss, steps = float(told.pop("loss", float("nan"))), int(told.pop("steps", 0))

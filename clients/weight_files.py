@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -13,31 +14,42 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clients.errors import RequestError, nearest
+from clients.patterns import matches, selected
 
 KEY = "client.initialization"
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, path: Path, key: str = KEY) -> nn.Module:
+def load_weights(model: nn.Module, path: Path, key: str = KEY, new: Sequence[str] = ()) -> nn.Module:
     """Puts a file's weights into a model, in place.
 
     Args:
         model: every parameter must be in the file with its shape; buffers are loaded where they are there.
         path: a safetensors file, a PyTorch state dict (``weights_only``), a checkpoint of a run, or a run's folder.
         key: what to call the file in messages.
+        new: patterns of layers or parameters that stay as they are in the model, whatever the file has.
 
     Raises:
         RequestError: with a line for each key that is missing, unknown, of another shape or not finite.
     """
-    path = _newest_checkpoint(path, key) if path.is_dir() else path
-    found = _read(path, key)
+    path = weights_file(path, key)
+    return put_weights(model, _read(path, key), str(path), key, new)
+
+
+@torch.no_grad()
+def put_weights(
+    model: nn.Module, found: Mapping[str, Tensor], path: str, key: str = KEY, new: Sequence[str] = ()
+) -> nn.Module:
+    """Puts named tensors into a model, in place; see :func:`load_weights`, ``path`` says where they come from."""
     wanted: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     wanted |= dict(model.named_buffers(remove_duplicate=False))
+    kept = {id(wanted[name]) for name in selected(new, list(wanted), f"{key}.new")}
+    found = {name: tensor for name, tensor in found.items() if not _is_new(name, wanted, kept, new)}
     there = {id(wanted[name]) for name in found if name in wanted}  # tied parameters need one of their names
     problems = [
-        f"{key}: {path} has no {name!r}{nearest(name, list(found))}"
+        f"{key}: {path} has no {name!r}{nearest(name, list(found))}{_renew(name)}"
         for name, parameter in model.named_parameters()
-        if id(parameter) not in there
+        if id(parameter) not in there | kept
     ]
     for name, tensor in found.items():
         if name not in wanted:
@@ -46,7 +58,7 @@ def load_weights(model: nn.Module, path: Path, key: str = KEY) -> nn.Module:
             problems.append(f"{key}: {name!r} is sparse, quantised or complex in {path}; save plain real numbers")
         elif tensor.shape != wanted[name].shape:
             theirs, mine = list(tensor.shape), list(wanted[name].shape)
-            problems.append(f"{key}: {name!r} has shape {theirs} in {path} where the model has {mine}")
+            problems.append(f"{key}: {name!r} has shape {theirs} in {path} where the model has {mine}{_renew(name)}")
         elif not bool(torch.isfinite(tensor.to(wanted[name].dtype)).all()):
             kind = str(wanted[name].dtype).removeprefix("torch.")
             problems.append(f"{key}: {name!r} holds values in {path} that are NaN or infinite, or too large for {kind}")
@@ -55,6 +67,28 @@ def load_weights(model: nn.Module, path: Path, key: str = KEY) -> nn.Module:
     for name, tensor in found.items():
         wanted[name].copy_(tensor)
     return model
+
+
+def _is_new(name: str, wanted: Mapping[str, Tensor], kept: set[int], new: Sequence[str]) -> bool:
+    """Whether a file's tensor belongs to what begins anew: by the model's names, or where it has none by the file's."""
+    if name in wanted:
+        return id(wanted[name]) in kept
+    return any(matches(pattern, name) for pattern in new)
+
+
+def _renew(name: str) -> str:
+    """How to begin with a layer of one's own."""
+    layer = name.rpartition(".")[0] or name
+    return f'; to begin anew there, name the layer: new = ["{layer}"]'
+
+
+def weights_file(path: Path, key: str = KEY) -> Path:
+    """The file that holds the weights: the path itself, or the newest checkpoint of a run's folder.
+
+    Raises:
+        RequestError: for a folder without one.
+    """
+    return _newest_checkpoint(path, key) if path.is_dir() else path
 
 
 def _newest_checkpoint(folder: Path, key: str) -> Path:

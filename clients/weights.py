@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from clients.errors import RequestError, nearest
+from clients.patterns import selected
 
 Share = Callable[[str, nn.Parameter], bool]
 
@@ -165,7 +165,7 @@ def _slots(parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[Slot, ...]:
 
 
 def share_all_but(personal: Sequence[str], model: nn.Module) -> Share | None:
-    """The ``share`` function that keeps parameters matching any of the patterns (``"head.*"``) on the client.
+    """The ``share`` function that keeps the parameters that the patterns (``"head.*"``) mean on the client.
 
     Raises:
         RequestError: for a pattern that matches no trainable parameter.
@@ -173,9 +173,5 @@ def share_all_but(personal: Sequence[str], model: nn.Module) -> Share | None:
     if not personal:
         return None
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for pattern in personal:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise RequestError(
-                f"client.personal: {pattern!r} matches no trainable parameter; the model has {', '.join(names)}"
-            )
-    return lambda name, parameter: not any(fnmatchcase(name, pattern) for pattern in personal)
+    chosen = set(selected(personal, names, "client.personal", "trainable parameter"))
+    return lambda name, parameter: name not in chosen

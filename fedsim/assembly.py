@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from clients import catalog, randomness
+from clients.augmentation import Transforms
 from clients.dropout import set_dropout
 from clients.errors import FedsimError, RequestError
 from clients.examples import in_precision
@@ -20,9 +22,11 @@ from clients.initialization import initialize
 from clients.local_state import shared_layout
 from clients.normalization import batch_norms
 from clients.optimizers import Optimizer
+from clients.parts import Part
 from clients.schedules import Schedule
 from clients.statistics import Statistics
 from clients.task import Task
+from clients.transfer import prepare, unreached_adapters
 from fedsim import data
 from fedsim.data.population import Population
 from fedsim.data.source import Source
@@ -34,6 +38,9 @@ from strategies.aggregation import Mean
 from strategies.plugins import Plugin
 from strategies.sampling import Sampling
 from strategies.strategy import Strategy
+
+if TYPE_CHECKING:
+    from fedsim.attacking import Malicious
 
 #: Multiply-adds of local training in the whole run below which processes cost more than they bring.
 _WORTH_PROCESSES = 2e11
@@ -67,6 +74,7 @@ def assemble(experiment: Experiment) -> Assembly:
     """
     base, seed, client = experiment.base, experiment.seed, experiment.client
     source = catalog.build(experiment.data.source, "sources", base, key="data.source", seed=seed)
+    source = Source.of(source)
     expect(source, Source, "data.source", "a fedsim.Source")
     settings = experiment.data.model_copy(update={"client_test_fraction": experiment.client_test_fraction})
     population = data.build(source, settings, seed, base)
@@ -74,9 +82,18 @@ def assemble(experiment: Experiment) -> Assembly:
         raise RequestError("data: no client has a training example")
     task = catalog.build(experiment.task, "tasks", base, key="task")
     expect(task, Task, "task", "a clients.Task")
-    model = _model(experiment, population)
+    model = prepare(_model(experiment, population), client, seed)
     if client.precision == "float64":
         model.double()
+    malicious: tuple[Malicious, ...] = ()
+    if experiment.attacks:
+        from fedsim import attacking
+
+        malicious = attacking.choose(experiment, population)
+        population = attacking.poisoned(population, malicious)
+    prepared = _transforms(experiment, "test_transforms", population)
+    if prepared is not None:
+        population = population.evaluated_by(prepared.change)
     _set_dropout(experiment, model)
     statistics = Statistics(model)
     setup = Setup(
@@ -90,6 +107,8 @@ def assemble(experiment: Experiment) -> Assembly:
         schedule=_built(experiment, "client.schedule", "schedules", client.schedule, Schedule),
         step_schedule=_built(experiment, "client.step_schedule", "schedules", client.step_schedule, Schedule),
         local_training=_local_training(experiment),
+        transforms=_transforms(experiment, "transforms", population),
+        malicious=malicious,
         statistics=statistics if statistics.norms else None,
         stacked=False,
         seed=seed,
@@ -126,6 +145,21 @@ def _local_training(experiment: Experiment) -> LocalTraining | None:
     if part is None:
         return None
     return _built(experiment, "client.local_training", "local_trainings", part, LocalTraining)
+
+
+def _transforms(experiment: Experiment, which: str, population: Population) -> Transforms | None:
+    parts: Sequence[Part] = getattr(experiment.data, which)
+    if not parts:
+        return None
+    steps = []
+    for part in parts:
+        key = f"data.{which}.{part.name}"
+        step = catalog.build(part, "transforms", experiment.base, key=key)
+        if not callable(step):
+            raise RequestError(f"{key}: {type(step).__name__} cannot be called with inputs")
+        steps.append(step)
+    by, label = experiment.data.transforms_by, population.label
+    return Transforms(tuple(steps), experiment.seed, by, population.input, label, which)
 
 
 def _model(experiment: Experiment, population: Population) -> nn.Module:
@@ -221,6 +255,7 @@ def _check_training(experiment: Experiment, setup: Setup) -> None:
             f"client.regularization.label_smoothing: {type(setup.task).__name__} has no smoothed_loss that goes with"
             " its loss; write one, or leave label smoothing out"
         )
+    problems += _adversarial_problems(setup)
     correction = setup.strategy.correction
     changes = correction.adds_loss or correction.changes_gradient or correction.client_state
     if client.local_training is not None and changes:
@@ -240,6 +275,20 @@ def _check_training(experiment: Experiment, setup: Setup) -> None:
             )
     if problems:
         raise RequestError(problems)
+
+
+def _adversarial_problems(setup: Setup) -> list[str]:
+    said, population = setup.recipe.adversarial, setup.population
+    if said is None:
+        return []
+    kind = population.columns.take(torch.zeros(1, dtype=torch.int64))[population.input].dtype
+    if not kind.is_floating_point:
+        return [f"client.adversarial: it moves real-valued inputs, and {population.input!r} is {kind}; leave it out"]
+    if population.input_range is not None:
+        low, high = population.input_range
+        if said.eps > high - low:
+            return [f"client.adversarial.eps: {said.eps:g} is more than the whole range of the inputs, {low} to {high}"]
+    return []
 
 
 def _no_batch_norm(key: str, said: str, model: nn.Module) -> str:
@@ -290,17 +339,27 @@ def _check_evaluation(experiment: Experiment, setup: Setup) -> None:
 def _try_out(setup: Setup) -> None:
     """Model and task meet the data, two examples of it, before anything is written."""
     few = torch.from_numpy(setup.population.splits["train"].order[:2].copy())
-    batch = in_precision(setup.population.columns.take(few), setup.layout.dtype)
+    columns = setup.population.columns_of("train")
+    batch = in_precision(columns.take(few), setup.layout.dtype)
     evaluator = setup.evaluator("batch")
     try:
-        total = evaluator.totals(setup.population.columns, few)
+        total = evaluator.totals(columns, few)
+        if setup.transforms is not None:
+            batch = in_precision(setup.transforms(setup.population.columns.take(few)), setup.layout.dtype)
+            evaluator.loss(batch)
     except Exception as error:
-        columns = ", ".join(f"{name} {str(column.dtype)[6:]} {list(column.shape)}" for name, column in batch.items())
+        given = ", ".join(f"{name} {str(column.dtype)[6:]} {list(column.shape)}" for name, column in batch.items())
         said = str(error) if isinstance(error, FedsimError) else f"{type(error).__name__}: {error}"
         raise RequestError(
             f"model and task: {type(setup.model).__name__} with {type(setup.task).__name__} raises on a batch of"
-            f" {columns}: {' '.join(said.split())}"
+            f" {given}: {' '.join(said.split())}"
         ) from error
+    unreached = unreached_adapters(setup.model, setup.task, batch) if setup.recipe.adapters is not None else []
+    if unreached:
+        raise RequestError(
+            f"client.adapters.layers: {type(setup.model).__name__} never calls {', '.join(unreached)}, whose weights it"
+            " reads directly, so an adapter there has no effect; leave them out"
+        )
     try:
         setup.task.metrics(total)
     except KeyError as error:

@@ -152,13 +152,25 @@ def _client_conflicts(read: _Reader) -> Iterable[str]:
         "optimizer_state": keeps,
         "step_schedule": schedule,
         "gradient_clip": clip,
+        "lr_factors": read.get("client.lr_factors") or None,
+        "adversarial": read.get("client.adversarial"),
+        "personal_epochs": read.get("client.personal_epochs"),
     }.items():
         if value is not None and own is not None:
             yield f"client.{key}: client.local_training replaces the loop that does it; give one of them"
     if privacy is None:
         return
+    if read.get("client.personal_epochs") is not None:
+        yield "client.personal_epochs: what client.dp_sgd releases is counted for one phase of training; drop one"
+    if _mixes(read.get("data.transforms")):
+        yield "data.transforms: mix_up and cut_mix mix examples, against client.dp_sgd; drop one"
     if stopping is not None:
         yield "client.early_stopping: it looks at validation examples without noise, against client.dp_sgd; drop one"
+
+
+def _mixes(transforms: Any) -> bool:
+    names = [str(_name_of(part)) for part in transforms] if isinstance(transforms, list | tuple) else []
+    return any(name.lower().replace("_", "") in ("mixup", "cutmix") for name in names)
 
 
 def _amount(read: _Reader, name: str) -> Any:

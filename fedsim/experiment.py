@@ -8,7 +8,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, PrivateAttr, Strict, ValidationError, model_validator
 
@@ -36,6 +36,8 @@ PLACES = {
     "model": "models",
     "task": "tasks",
     "client.initialization": "initializations",
+    "data.transforms[]": "transforms",
+    "data.test_transforms[]": "transforms",
     "client.layer_initialization{}": "initializations",
     "client.optimizer": "optimizers",
     "client.schedule": "schedules",
@@ -46,6 +48,7 @@ PLACES = {
     "strategy.correction": "corrections",
     "strategy.aggregator": "aggregators",
     "strategy.server_optimizer": "server_optimizers",
+    "attacks[]": "attacks",
     "plugins[]": "plugins",
     "checks[]": "checks",
     "engine": "engines",
@@ -75,7 +78,8 @@ class Named(Section):
         if not isinstance(given, Mapping):
             return {"part": Part.of(given)}
         table = {name: value for name, value in given.items() if name in cls.own_keys()}
-        return {**table, "part": named_part(given, cls.own_keys(), cls.model_fields["part"].default)}
+        default = cls.model_fields["part"].default
+        return {**table, "part": named_part(given, cls.own_keys(), default if isinstance(default, Part) else None)}
 
     @classmethod
     def own_keys(cls) -> list[str]:
@@ -83,7 +87,7 @@ class Named(Section):
         return [name for name in cls.model_fields if name != "part"]
 
 
-def named_part(table: Mapping[str, Any], own_keys: Sequence[str], default: Part) -> Part:
+def named_part(table: Mapping[str, Any], own_keys: Sequence[str], default: Part | None) -> Part:
     """The part that a table names, with those of the table's keys that are not its own.
 
     Raises:
@@ -110,8 +114,14 @@ class DataSettings(Section):
         root: how many labelled examples the server holds.
         client_test_fraction: share of its own examples that each client tests on; left out, 0.2 where the clients alone
             can test (parameters or batch norm are their own), else none.
+        client_test: whose examples clients test on. ``own``: some of their own, which they do not train on;
+            ``matched``: so many of the server's test examples, with the label mix of the client's own.
         client_validation_fraction: share of its own examples that each client validates on.
         held_out_clients: how many clients are never trained on.
+        transforms: random changes of training batches, one after another: torchvision's v2 transforms by name
+            (``random_horizontal_flip``), or callables on inputs ``[B, ...]``. Drawn anew for every batch of a client.
+        transforms_by: what one draw is for: a whole ``batch``, as torchvision's are, or each ``example`` (slower).
+        test_transforms: the same for all that is evaluated, such as a centre crop.
     """
 
     source: Part = Part("digits")
@@ -123,8 +133,32 @@ class DataSettings(Section):
     proxy: NoneOrMore = 120
     root: NoneOrMore = 0
     client_test_fraction: Share | None = None
+    client_test: Literal["own", "matched"] = "own"
     client_validation_fraction: Share = 0.0
     held_out_clients: NoneOrMore = 0
+    transforms: Annotated[tuple[Part, ...], Strict(False)] = ()
+    transforms_by: Literal["batch", "example"] = "batch"
+    test_transforms: Annotated[tuple[Part, ...], Strict(False)] = ()
+
+
+class AttackSettings(Named):
+    """Malicious clients: what they do, and which they are.
+
+    Attributes:
+        part: the attack with its own settings.
+        fraction: share of the clients that can be trained which attack, drawn by the seed; those of several attacks are
+            different ones.
+        clients: their ids instead.
+    """
+
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    clients: Annotated[tuple[NoneOrMore, ...], Strict(False)] | None = None
+
+    @model_validator(mode="after")
+    def _either(self) -> AttackSettings:
+        if (self.fraction is None) == (self.clients is None):
+            raise ValueError("give fraction or clients, to say who attacks")
+        return self
 
 
 class StrategySettings(Named):
@@ -217,6 +251,7 @@ class Experiment(Section):
     task: Part = Part("classification")
     client: Recipe = Recipe()
     strategy: StrategySettings = StrategySettings()
+    attacks: Annotated[tuple[AttackSettings, ...], Strict(False)] = ()
     plugins: Annotated[tuple[Part, ...], Strict(False)] = ()
     evaluation: EvaluationSettings = EvaluationSettings()
     checks: Annotated[tuple[Part, ...], Strict(False)] = ()
@@ -378,12 +413,14 @@ def _with_default_names(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _named_tables() -> dict[str, list[str]]:
-    """The tables that name a part and have keys of their own beside."""
-    return {
-        key: field.annotation.own_keys()
-        for key, field in Experiment.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Named)
-    }
+    """The tables (and lists of tables, ``attacks[]``) that name a part and have keys of their own beside."""
+    found = {}
+    for key, field in Experiment.model_fields.items():
+        inner = get_args(field.annotation)
+        kind, key = (inner[0], f"{key}[]") if inner else (field.annotation, key)
+        if isinstance(kind, type) and issubclass(kind, Named):
+            found[key] = kind.own_keys()
+    return found
 
 
 def _places(table: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -415,7 +452,8 @@ def _check_parts(given: dict[str, Any], base: Path) -> list[str]:
             key = f"{place[:-2]}.{_name_of(value) if place.endswith('[]') else name}"
         try:
             if place in tables and isinstance(value, Mapping):
-                part = named_part(value, own_keys, Experiment.model_fields[place].default.part)
+                default = None if place.endswith("[]") else Experiment.model_fields[place].default.part
+                part = named_part(value, own_keys, default)
             else:
                 part = Part.of(value)
         except ValueError:

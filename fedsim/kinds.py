@@ -12,7 +12,7 @@ declare(
         "fedsim.data",
         returns=("Partition",),
         first=("labels",),
-        offered=("labels", "clients", "generator", "ids"),
+        offered=("labels", "clients", "generator", "ids", "columns"),
     ),
     Kind("models", "model", "fedsim.models", returns=("Module",), offered=("input_shape", "classes")),
     Kind("engines", "engine", "fedsim.engines", base="Engine", offered=("workers", "client_timeout"), also=("auto",)),

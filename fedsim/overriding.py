@@ -13,7 +13,7 @@ from clients.errors import RequestError, nearest
 from clients.parts import Part
 
 #: The keys of an experiment that hold lists of parts.
-LISTS = ("plugins", "checks")
+LISTS = ("attacks", "plugins", "checks")
 
 _NUMBER = re.compile(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?")
 

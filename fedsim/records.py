@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-#: What the record of a client always holds; any further key is a value that a rule reports (JSON column ``info``).
+#: What the record of a client always holds; any further key is a value, a number or a word, that a rule
+#: reports (JSON column ``info``).
 CLIENT_FIELDS = ("client", "chunk", "examples", "steps", "weight", "loss", "update_norm")
 
 
@@ -46,11 +47,14 @@ class RoundRecord:
         events: what happened in the round.
         bytes_up: bytes sent by clients, measured on the encoded payloads.
         bytes_down: bytes sent to clients.
+        bytes_saved: bytes that were not sent, up and down together, because parameters are frozen or stay with the
+            clients, against sending the whole model both ways.
         epsilon: privacy spent so far, ``None`` without a privacy plug-in.
         simulated_seconds: how long the round would have taken on the clients' devices, ``None`` where not simulated.
         seconds: how long it took here, train_seconds: how much of that was local training.
-        metrics: split (``test``, ``validation``, ``client_test``, ``client_validation``) to name to value, with
-            ``examples`` beside the metrics; empty in rounds without an evaluation.
+        metrics: split (``test``, ``validation``, ``client_test``, ``client_validation``, ``attack``) to name to
+            value, with ``examples`` beside the metrics; empty in rounds without an evaluation. The accuracy on
+            ``attack`` is the share of the server's test examples with which an attack has its way.
         client_metrics: one dict a client and split: ``client``, ``split``, ``examples`` and its metrics.
     """
 
@@ -62,6 +66,7 @@ class RoundRecord:
     events: list[Event] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
+    bytes_saved: int = 0
     epsilon: float | None = None
     simulated_seconds: float | None = None
     seconds: float = 0.0

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from clients import catalog
 from clients.errors import RequestError
+from clients.transfer import frozen_size
+from clients.weight_files import weights_file
 from clients.weights import Layout
 from fedsim import checking
 from fedsim.assembly import Assembly, assemble, choose_engine, make_engine, multiply_adds
+from fedsim.census import census
 from fedsim.engines.engine import Engine, cores
 from fedsim.execution import chunk_sizes
 from fedsim.experiment import PLACES, Experiment
@@ -253,6 +256,7 @@ def plan(
         "workers": parallel,
         "parameters": layout.size,
         "personal_parameters": layout.personal.size,
+        "frozen_parameters": frozen_size(setup.model),
         "clients": setup.population.clients,
         "clients_per_round": cohort,
         "clients_per_chunk": stack_size,
@@ -359,7 +363,10 @@ def _open(directory: Path, assembly: Assembly, engine: Engine, going_on: bool) -
     if going_on:
         return RunStore.open(directory)
     toml = assembly.experiment.to_toml()
-    return RunStore.create(directory, toml, manifest(assembly, engine), assembly.setup.layout.shapes)
+    setup = assembly.setup
+    attacks = {client: group.name for group in setup.malicious for client in group.clients.tolist()}
+    counted = census(setup.population, assembly.experiment.data.partition, attacks)
+    return RunStore.create(directory, toml, manifest(assembly, engine), setup.layout.shapes, counted)
 
 
 def _begin(assembly: Assembly, engine: Engine, store: StateStore, checks: dict[str, Check] | None = None) -> _Run:
@@ -404,6 +411,8 @@ def manifest(assembly: Assembly, engine: Engine) -> dict[str, Any]:
             "workers": engine.workers,
         },
         "parameters": assembly.setup.layout.size,
+        "frozen_parameters": frozen_size(assembly.setup.model),
+        "personal_parameters": assembly.setup.layout.personal.size,
         "clients": assembly.setup.population.clients,
         "task": {
             "primary": assembly.setup.task.primary,
@@ -423,13 +432,18 @@ def _version(package: str) -> str:
 
 
 def _sources(experiment: Experiment) -> dict[str, str]:
-    """Key -> SHA-256 of the file that a user's own part is defined in."""
+    """Key -> SHA-256 of the file that a user's own part is defined in, and of the weights that a run starts from."""
     found = {}
     for key, kind in PLACES.items():
         for place, part in experiment.parts(key):
             digest = catalog.source_hash(part, kind, experiment.base)
             if digest is not None:
                 found[place] = digest
+    start = experiment.client.initialization
+    if not start.own and catalog.canonical("initializations", start.name) == "file":
+        path = weights_file(experiment.base / Path(start.settings["path"]).expanduser())
+        with open(path, "rb") as file:
+            found["client.initialization.path"] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
@@ -476,6 +490,7 @@ def _summary(under_way: _Run, store: RunStore, directory: Path) -> dict[str, Any
         "parameters": simulation.layout.size,
         "bytes_up": totals["bytes_up"],
         "bytes_down": totals["bytes_down"],
+        "bytes_saved": totals["bytes_saved"],
         "epsilon": totals["epsilon"],
         "seconds": totals["seconds"],
         "events": totals["events"],

@@ -103,6 +103,7 @@ class Simulation:
             self.state[STATISTICS] = torch.zeros(setup.shared_statistics.kept_size, dtype=self.layout.dtype)
         if setup.recipe.dp_sgd is not None:
             self.state[_EPSILON] = torch.zeros((), dtype=torch.float64)
+        self.attacks = {client: group.name for group in setup.malicious for client in group.clients.tolist()}
         self._staged: ClientState = {}
         self._local: Worker | None = None
         self._version = 0
@@ -152,6 +153,7 @@ class Simulation:
             events=found.events,
             bytes_up=sum(client.pop("bytes_up") for client in found.clients),
             bytes_down=len(cohort) * self._bytes_down(),
+            bytes_saved=(len(cohort) + len(found.clients)) * self.setup.unsent * self.layout.dtype.itemsize,
             train_seconds=sum(chunk["seconds"] for chunk in found.chunks),
         )
         if _EPSILON in self.state:
@@ -282,7 +284,9 @@ class Simulation:
             **trained.report,
         }
         for values in zip(*(column.tolist() for column in columns.values()), strict=True):
-            found.clients.append({"chunk": chunk.number, **dict(zip(columns, values, strict=True))})
+            client = dict(zip(columns, values, strict=True))
+            attack = {"attack": self.attacks[client["client"]]} if client["client"] in self.attacks else {}
+            found.clients.append({"chunk": chunk.number, **client, **attack})
         tensors = result.answer.tensors
         for name, value in tensors.items():
             if name.startswith("state:"):
@@ -340,7 +344,7 @@ class Simulation:
             # No client has sent statistics yet, and those that batch norm is made with would give no meaningful number.
             return
         if self.setup.server_has_all:
-            for split in ("test", "validation"):
+            for split in ("test", "validation", "attack"):
                 if split in self.population.server:
                     metrics[split] = self.evaluate(self.weights, split)
         if self.experiment.evaluation.clients or not self.setup.server_has_all:

@@ -15,19 +15,24 @@ from fedsim.runs import RunStore, read_experiment
 from fedsim.simulation import Simulation
 
 
-def load_model(directory: Path | str, client: int | None = None) -> nn.Module:
+def load_model(directory: Path | str, client: int | None = None, experiment: Experiment | None = None) -> nn.Module:
     """A run's model after its newest round, in evaluation mode, batch norm's statistics in order.
 
     Args:
         directory: the run's.
         client: a client's own model: the global weights with the parameters and statistics that it keeps in their
             place. Left out, the server's, as it is judged.
+        experiment: the run's, where parts of it are objects that were made in Python.
 
     Raises:
         RequestError: where there is no such run or client, or where the server has no whole model.
     """
     directory = Path(directory)
-    experiment = Experiment(directory, **read_experiment(directory))
+    recorded = read_experiment(directory)
+    if experiment is None:
+        experiment = Experiment(directory, **recorded)
+    elif different := experiment.difference(recorded):
+        raise RequestError(f"{directory}: the run's experiment was another one, in {', '.join(different)}")
     setup = assemble(experiment).setup
     if client is None and not setup.server_has_all:
         raise RequestError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clients.augmentation import Transforms
 from clients.errors import RequestError
 from clients.evaluation import Evaluator, Total
 from clients.hooks import ClientFailure, LocalTraining
@@ -21,12 +22,16 @@ from clients.schedules import Schedule
 from clients.statistics import STATISTICS, Statistics
 from clients.task import Batch, Task
 from clients.training import Trained, Trainer
+from clients.transfer import frozen_size
 from clients.updates import Updates
 from clients.weights import Layout
 from fedsim.data.population import Population
 from fedsim.engines.engine import Answer
 from strategies.context import Context
 from strategies.strategy import Strategy
+
+if TYPE_CHECKING:
+    from fedsim.attacking import Malicious
 
 _RECALIBRATED_AT_ONCE = 2048
 
@@ -102,6 +107,8 @@ class Setup:
     step_schedule: Schedule
     local_training: LocalTraining | None
     statistics: Statistics | None
+    transforms: Transforms | None
+    malicious: tuple[Malicious, ...]
     stacked: bool
     seed: int
     rounds: int
@@ -137,6 +144,11 @@ class Setup:
         """Name -> length of what local training keeps for every client between rounds."""
         return kept_state(self.recipe, self.layout, self.optimizer, self.tracked)
 
+    @property
+    def unsent(self) -> int:
+        """Parameters of the model that a client does not send: frozen, or its own."""
+        return frozen_size(self.model) + self.layout.personal.size
+
     def trainer(self, **changes: Any) -> Trainer:
         """A trainer on the clients' training examples."""
         splits = self.population.splits
@@ -148,12 +160,16 @@ class Setup:
             "examples": self.population.columns,
             "members": splits["train"].of,
             "validation": splits["validation"].of if "validation" in splits else None,
+            "validated": self.population.columns_of("validation"),
             "optimizer": self.optimizer,
             "schedule": self.schedule,
             "step_schedule": self.step_schedule,
             "correction": self.strategy.correction,
             "local_training": self.local_training,
             "statistics": self.tracked,
+            "transforms": self.transforms,
+            "input": self.population.input,
+            "input_range": self.population.input_range,
             "stacked": self.stacked,
             "seed": self.seed,
             "rounds": self.rounds,
@@ -224,7 +240,10 @@ class Worker:
         if broadcast["statistics"] is not None:
             server[STATISTICS] = broadcast["statistics"]
         state = {name: chunk.state[name] for name in mine}
-        return self.trainer.train(chunk.clients, broadcast["weights"], broadcast["round"], state, server)
+        trained = self.trainer.train(chunk.clients, broadcast["weights"], broadcast["round"], state, server)
+        for group in self.setup.malicious:
+            group.falsify(trained.updates, broadcast["round"])
+        return trained
 
     @staticmethod
     def _places(chunk: Chunk, u: Updates) -> Tensor:
@@ -249,7 +268,7 @@ class Worker:
         elif not self.load_client(client, state, self.by_client, broadcast):
             return None
         members = self.population.splits[piece.split].of(client)
-        return self.evaluator.totals(self.population.columns, torch.from_numpy(members))
+        return self.evaluator.totals(self.population.columns_of(piece.split), torch.from_numpy(members))
 
     def load_client(
         self, client: int, state: Mapping[str, Tensor], batch_norm_of_client: bool, broadcast: Mapping[str, Any]
@@ -275,7 +294,8 @@ class Worker:
                 statistics = known.in_work(stored)
             else:
                 members = torch.from_numpy(self.population.splits["train"].of(client))
-                inputs = [self.population.columns.take(part) for part in members.split(_RECALIBRATED_AT_ONCE)]
+                columns = self.population.columns_of("train")
+                inputs = [columns.take(part) for part in members.split(_RECALIBRATED_AT_ONCE)]
         try:
             self.evaluator.load(row, layout, statistics=statistics, inputs=inputs)
         except RequestError:
@@ -310,6 +330,7 @@ class Worker:
             correction=None,
             local_training=None,
             statistics=None,
+            transforms=None,
         )
         trained = trainer.train(np.array([-1]), row, round)
         if trained.failures:

@@ -51,13 +51,15 @@ def with_defaults(value: Any, kind: str, base: Path) -> Any:
         return value
     settings = entry.settings
     given = {
-        name: Path(table[name]).expanduser() for name, known in settings.items() if known.is_path and name in table
+        name: Path(known.given(table, name)).expanduser()
+        for name, known in settings.items()
+        if (known.is_path or known.is_folder) and known.given(table, name) is not None
     }
     paths = {name: str(base / path) for name, path in given.items()}
     defaults = {
         name: plain(known.default, base)
         for name, known in settings.items()
-        if name not in table and known.default not in (REQUIRED, COMPUTED, None)
+        if name not in {**table, **paths} and known.default not in (REQUIRED, COMPUTED, None)
     }
     if not paths and not defaults:
         return value

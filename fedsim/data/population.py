@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,56 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients import randomness
 from clients.errors import RequestError
+from fedsim.data.checks import check_finite, class_labels, count_classes
+from fedsim.data.columns import Change, Columns, Derived, View, derive
+from fedsim.data.csr import CSR, mapped
+from fedsim.data.matched import matched_tests
 from fedsim.data.partitions import partition
-from fedsim.data.source import SPLITS, Columns, Source, TensorColumns
+from fedsim.data.source import Source, input_name
+from fedsim.data.splits import check_cover, client_splits, held_out, server_splits
 
 if TYPE_CHECKING:
+    from fedsim.data.shifts import FeatureShift
     from fedsim.experiment import DataSettings
 
-
-@dataclass(frozen=True, eq=False)
-class CSR:
-    """Which examples each client holds: client ``k`` those at ``order[offsets[k]:offsets[k + 1]]``.
-
-    Attributes:
-        order: ``int64 [N]`` positions in the pool.
-        offsets: ``int64 [clients + 1]``.
-    """
-
-    order: np.ndarray
-    offsets: np.ndarray
-
-    @property
-    def clients(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def examples(self) -> int:
-        return len(self.order)
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """``int64 [clients]`` examples of each client."""
-        return np.diff(self.offsets)
-
-    @property
-    def owners(self) -> np.ndarray:
-        """``int64 [N]`` the client of each element of ``order``."""
-        return np.repeat(np.arange(self.clients), self.sizes)
-
-    def of(self, client: int) -> np.ndarray:
-        """One client's examples, a view of ``order``."""
-        return self.order[self.offsets[client] : self.offsets[client + 1]]
-
-    def only(self, chosen: np.ndarray) -> CSR:
-        """The same clients with those elements of ``order`` alone that are chosen, ``bool [N]``."""
-        before = np.concatenate([[0], np.cumsum(chosen)])
-        return CSR(self.order[chosen], before[self.offsets])
-
-    def map_tensors(self, fn: Callable[[Any], Any]) -> CSR:
-        return CSR(_mapped(self.order, fn), _mapped(self.offsets, fn))
+#: Partitions that only count labels, for which those need not be read.
+_BLIND = ("iid", "natural", "quantity_skew", "feature_shift")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +35,20 @@ class Population:
 
     Attributes:
         columns: the pool that the clients' splits point into.
-        splits: ``"train"``, and ``"validation"`` and ``"test"`` where clients keep some: positions in ``columns``.
+        splits: ``"train"``, and ``"validation"`` and ``"test"`` where clients keep some: positions in
+            ``columns_of(split)``.
         server: the server's splits, those there are among ``"test"``, ``"validation"``, ``"proxy"`` (unlabelled) and
             ``"root"``.
         held_out: ``int64``, ids of clients that are never trained on, ascending.
         label: the column of labels.
         input_range: ``(low, high)`` of the inputs, where the source declares it.
-        classes: one more than the largest label of any split, where labels are integers; else None.
-        input_shape: shape of one example of ``x`` (of the first column that is no label, where there is no ``x``).
+        classes: how many classes the labels are of: what the source says, or one more than the largest label of any
+            split; None where labels are no integers.
+        input_shape: shape of one example of the input.
+        input: the column of inputs: ``x``, or the first that is no label where there is no ``x``.
+        matched: whether clients test on examples of the server's test split, chosen by their own label mixes.
+        evaluation: what changes clients' examples wherever they are evaluated and not trained on; the server's splits
+            are changed already.
     """
 
     columns: Columns
@@ -88,6 +59,9 @@ class Population:
     input_range: tuple[float, float] | None
     classes: int | None
     input_shape: tuple[int, ...]
+    input: str = "x"
+    matched: bool = False
+    evaluation: Change | None = None
 
     @property
     def clients(self) -> int:
@@ -101,25 +75,56 @@ class Population:
         able[self.held_out] = False
         return np.flatnonzero(able)
 
+    def columns_of(self, split: str) -> Columns:
+        """What a split of the clients (``"train"``, ``"validation"``, ``"test"``) points into, as it is evaluated."""
+        if self.matched and split == "test":
+            return self.server["test"]
+        if self.evaluation is None:
+            return self.columns
+        return Derived(self.columns, self.evaluation, changes=self._changed)
+
+    def evaluated_by(self, change: Change) -> Population:
+        """The same population, all of whose examples are changed where they are evaluated."""
+        server = {split: derive(columns, change, changes=self._changed) for split, columns in self.server.items()}
+        shape = Derived(self.columns, change).shape(self.input)
+        return replace(self, server=server, evaluation=change, input_shape=shape)
+
+    @property
+    def _changed(self) -> frozenset[str]:
+        """The columns that a change of examples may change: inputs, and labels that are no single number."""
+        alike = self.label not in self.columns.names or not self.columns.shape(self.label)
+        return frozenset({self.input} if alike else {self.input, self.label})
+
+    def label_table(self, split: str, clients: np.ndarray) -> np.ndarray | None:
+        """How many examples of each class some clients hold.
+
+        Args:
+            split: ``"train"``, ``"validation"`` or ``"test"``.
+            clients: ``int64 [k]`` ids.
+
+        Returns:
+            ``int64 [k, classes]``; None where labels are not one class an example or do not lie in memory, or where
+            clients have no such split.
+        """
+        labels = class_labels(self.columns_of(split), self.label)
+        if labels is None or self.classes is None or split not in self.splits:
+            return None
+        return self.splits[split].label_table(labels.numpy(), self.classes, np.asarray(clients))
+
     def map_tensors(self, fn: Callable[[Any], Any]) -> Population:
-        """The same population with ``fn`` applied to everything large that it holds.
+        """The same population with ``fn`` applied to everything large that it holds in memory.
 
         ``fn`` gets a tensor and returns a tensor with the same values (say, in shared memory). It may also return a
-        handle to be pickled, which a second ``map_tensors`` turns back into a tensor. A data set stays as it is.
+        handle to be pickled, which a second ``map_tensors`` turns back into a tensor. What is read from files or from a
+        data set stays as it is.
         """
         return replace(
             self,
             columns=self.columns.map_tensors(fn),
             splits={name: csr.map_tensors(fn) for name, csr in self.splits.items()},
             server={name: columns.map_tensors(fn) for name, columns in self.server.items()},
-            held_out=_mapped(self.held_out, fn),
+            held_out=mapped(self.held_out, fn),
         )
-
-
-def _mapped(array: Any, fn: Callable[[Any], Any]) -> Any:
-    """``fn`` of an array as a tensor, an array again where ``fn`` gives a tensor."""
-    given = fn(torch.from_numpy(array) if isinstance(array, np.ndarray) else array)
-    return given.numpy() if isinstance(given, Tensor) else given
 
 
 def build(source: Source, data: DataSettings, seed: int, base: Path | None = None) -> Population:
@@ -136,139 +141,106 @@ def build(source: Source, data: DataSettings, seed: int, base: Path | None = Non
         base: the folder that a partition's ``file.py`` is relative to.
 
     Raises:
-        RequestError: where there are too few examples for what is asked.
+        RequestError: where there are too few examples for what is asked, or numbers that cannot be used.
     """
     seed = seed if data.seed is None else data.seed
     pool = source.columns("train")
     assert pool is not None
-    server, drawn, rest = _server_splits(source, pool, data, seed)
-    label = source.label if source.label in pool.names else None
-    labels = None if label is None or pool.shape(label) else pool.column(label)
+    if source.scan:
+        check_finite(source)
+    server, drawn, rest = server_splits(source, pool, data, seed)
+    labels = _labels(source, pool, blind=not data.partition.own and data.partition.name in _BLIND)
     ids = source.client_ids
-    order, offsets = partition(
+    dealt = partition(
         data.partition,
         np.empty((len(rest), 0)) if labels is None else labels.numpy()[rest],
         data.clients,
         seed,
         ids=None if ids is None else ids[rest],
+        columns=View(pool, torch.from_numpy(rest)),
         base=base,
     )
-    whole = CSR(rest[order], offsets)
-    splits = _client_splits(whole, data.client_validation_fraction, data.client_test_fraction or 0.0, seed)
-    _check_cover(len(pool), [drawn, *(csr.order for csr in splits.values())])
-    name = "x" if "x" in pool.names else next((name for name in pool.names if name != label), pool.names[0])
+    classes = count_classes(source, labels)
+    whole = CSR(rest[dealt.order], dealt.offsets)
+    matched, share = data.client_test == "matched", data.client_test_fraction or 0.0
+    splits = client_splits(whole, data.client_validation_fraction, 0.0 if matched else share, seed)
+    check_cover(len(pool), [drawn, *(csr.order for csr in splits.values())])
+    shift = getattr(dealt, "shift", None)
+    if matched:
+        splits["test"] = _matched(server, splits["train"], pool, source.label, classes, share, shift, seed)
+    name = input_name(pool, source.label)
+    if shift is not None:
+        owners = np.full(len(pool), -1)
+        owners[whole.order] = whole.owners
+        change = Shifted(shift, name, torch.from_numpy(owners), seed, source.input_range)
+        pool = derive(pool, change, torch.from_numpy(whole.order), {name})
     return Population(
         columns=pool,
         splits=splits,
         server=server,
-        held_out=_held_out(splits["train"], data.held_out_clients, seed),
+        held_out=held_out(splits["train"], data.held_out_clients, seed),
         label=source.label,
         input_range=source.input_range,
-        classes=_count_classes(source, labels),
+        classes=classes,
         input_shape=pool.shape(name),
+        input=name,
+        matched=matched,
     )
 
 
-def _server_splits(
-    source: Source, pool: Columns, data: DataSettings, seed: int
-) -> tuple[dict[str, Columns], np.ndarray, np.ndarray]:
-    """The server's splits, the positions in the pool that they took, and those that remain, ascending."""
-    examples = len(pool)
-    wanted = {
-        "test": ("test_fraction", data.test_fraction, round(data.test_fraction * examples)),
-        "validation": ("validation_fraction", data.validation_fraction, round(data.validation_fraction * examples)),
-        "proxy": ("proxy", data.proxy, data.proxy),
-        "root": ("root", data.root, data.root),
-    }
-    drawn = randomness.uniforms(randomness.keys(seed, "split", clients=np.arange(examples)), 1)[:, 0]
-    order = np.argsort(drawn, kind="stable")
-    server: dict[str, Columns] = {}
-    start = 0
-    for split, (setting, value, size) in wanted.items():
-        given = source.columns(split)
-        if given is None and size > 0:
-            if size >= examples - start:
-                raise RequestError(
-                    f"data.{setting}: {value} asks for {size} examples, but {examples - start} remain and the clients "
-                    "need some; lower it"
-                )
-            given = pool.subset(torch.from_numpy(np.sort(order[start : start + size])))
-            start += size
-        if given is not None:
-            server[split] = _unlabelled(given, source.label) if split == "proxy" else given
-    return server, order[:start], np.sort(order[start:])
+def _labels(source: Source, pool: Columns, blind: bool) -> Tensor | None:
+    """The pool's labels ``[N]``; None where there are none, or where nobody looks and they would have to be read."""
+    if source.label not in pool.names or pool.shape(source.label):
+        return None
+    held = pool.held(source.label)
+    return pool.column(source.label) if held is None and not blind else held
 
 
-def _unlabelled(columns: Columns, label: str) -> Columns:
-    """Less the label, so that nothing can learn from it; kept where it is all there is (text is its own label)."""
-    return columns.without(label) if label in columns.names and len(columns.names) > 1 else columns
+def _matched(
+    server: dict[str, Columns],
+    train: CSR,
+    pool: Columns,
+    label: str,
+    classes: int | None,
+    share: float,
+    shift: Any,
+    seed: int,
+) -> CSR:
+    """The clients' test examples among the server's; says what is missing for that."""
+    key = 'data.client_test: "matched"'
+    if not share:
+        raise RequestError(f"{key} needs data.client_test_fraction above 0, the size of a client's test")
+    if "test" not in server:
+        raise RequestError(f"{key} draws from the server's test split, and there is none; set data.test_fraction")
+    if shift is not None:
+        raise RequestError(f'{key} tests on the server\'s inputs, which no feature shift reaches; use "own"')
+    labels, tests = class_labels(pool, label), class_labels(server["test"], label)
+    if labels is None or tests is None or classes is None:
+        raise RequestError(
+            f"{key} goes by labels in memory, one integer class an example, and column {label!r} of this source is"
+            ' none; use "own"'
+        )
+    return matched_tests(train, labels.numpy(), tests.numpy(), classes, share, seed)
 
 
-def _check_cover(examples: int, parts: list[np.ndarray]) -> None:
-    """Every example of the pool is in one of the parts, and in no other."""
-    if not (np.bincount(np.concatenate(parts), minlength=examples) == 1).all():
-        raise AssertionError("the splits do not cover the examples, or overlap")
+@dataclass(frozen=True, eq=False)
+class Shifted:
+    """The change of the clients' inputs by a feature shift, see :func:`fedsim.data.derive`.
 
-
-def _client_splits(whole: CSR, validation: float, test: float, seed: int) -> dict[str, CSR]:
-    """Each client's examples as train, validation and test; at least one of them stays for training.
-
-    A client of n examples keeps ``test * n`` for testing and ``validation * n`` for validation, each rounded.
+    Attributes:
+        shift: what each client's inputs go through.
+        name: the column of inputs.
+        owners: ``int64 [N]`` whose each example of the pool is.
+        seed: what the shift's noise is keyed by.
+        input_range: what inputs stay within.
     """
-    if validation == 0 and test == 0:
-        return {"train": whole}
-    if validation + test >= 1:
-        raise RequestError(
-            f"data.client_test_fraction: {test} and client_validation_fraction {validation} leave nothing to train on; "
-            "together they must be below 1"
-        )
-    sizes = whole.sizes
-    tests = np.clip(np.rint(test * sizes).astype(np.int64), 0, np.maximum(sizes - 1, 0))
-    validations = np.clip(np.rint(validation * sizes).astype(np.int64), 0, np.maximum(sizes - 1 - tests, 0))
-    owners = whole.owners
-    drawn = randomness.uniforms(randomness.keys(seed, "client split", clients=whole.order), 1)[:, 0]
-    rank = np.empty(whole.examples, dtype=np.int64)
-    rank[np.lexsort((drawn, owners))] = np.arange(whole.examples)
-    rank -= whole.offsets[owners]
-    in_test = rank < tests[owners]
-    in_validation = ~in_test & (rank < (tests + validations)[owners])
-    splits = {"train": whole.only(~(in_test | in_validation))}
-    if validation:
-        splits["validation"] = whole.only(in_validation)
-    if test:
-        splits["test"] = whole.only(in_test)
-    return splits
 
+    shift: FeatureShift
+    name: str
+    owners: Tensor
+    seed: int
+    input_range: tuple[float, float] | None
 
-def _held_out(train: CSR, count: int, seed: int) -> np.ndarray:
-    """Ids of ``count`` clients with examples, drawn at random, ascending."""
-    able = np.flatnonzero(train.sizes)
-    if count and count >= len(able):
-        raise RequestError(
-            f"data.held_out_clients: {count} of {len(able)} clients with examples; at least one must stay to train"
-        )
-    drawn = randomness.uniforms(randomness.keys(seed, "held out", clients=able), 1)[:, 0]
-    return np.sort(able[np.argsort(drawn, kind="stable")[:count]])
-
-
-def _count_classes(source: Source, labels: Tensor | None) -> int | None:
-    """One more than the largest label of any split, where labels are integers (``labels``: the pool's, if at hand)."""
-    largest = -1
-    for split in SPLITS:
-        columns = source.columns(split)
-        if columns is None or source.label not in columns.names:
-            continue
-        for values in [labels] if split == "train" and labels is not None else _blocks(columns, source.label):
-            if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-                return None
-            largest = max(largest, int(values.max()))
-    return largest + 1 if largest >= 0 else None
-
-
-def _blocks(columns: Columns, name: str, size: int = 64) -> Iterator[Tensor]:
-    """A column; a data set's in blocks of examples, since a mask an example may not fit in memory at once."""
-    if isinstance(columns, TensorColumns):
-        yield columns.column(name)
-    else:
-        for block in torch.arange(len(columns)).split(size):
-            yield columns.take(block)[name]
+    def __call__(self, batch: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+        x = self.shift.apply(batch[self.name], self.owners[index], index, self.seed, self.input_range)
+        return {self.name: x}

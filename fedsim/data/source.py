@@ -1,206 +1,43 @@
-"""What examples are: columns of tensors, wherever they lie, and the splits that a source brings."""
+"""What a source brings: splits of examples, checked to fit each other."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from clients.errors import RequestError, nearest
+from fedsim.data import arrow
+from fedsim.data.columns import Columns, Derived, TensorColumns, UnitRange
+from fedsim.data.lazy import ClientColumns, DatasetColumns
+from fedsim.data.mapped import MappedColumns, is_mapped, mapped_columns
+from fedsim.data.tensors import to_column
 
 SPLITS = ("train", "test", "validation", "proxy", "root")
-
-
-class Dataset(Protocol):
-    """A map-style data set whose examples are dicts, e.g. a ``torch.utils.data.Dataset``."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-class Columns(Sized):
-    """Examples of one split, by position: each column is a tensor ``[N, ...]``."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The columns' names, in the order in which the source gave them."""
-        raise NotImplementedError
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one example of a column."""
-        raise NotImplementedError
-
-    def take(self, index: Tensor) -> dict[str, Tensor]:
-        """The examples at ``index`` (``int64``, any shape): name -> ``[*index.shape, ...]``."""
-        raise NotImplementedError
-
-    def column(self, name: str) -> Tensor:
-        """A whole column ``[N, ...]``; meant for small ones such as labels."""
-        raise NotImplementedError
-
-    def subset(self, index: Tensor) -> Columns:
-        """The examples at ``index`` (``int64 [n]``) alone."""
-        raise NotImplementedError
-
-    def without(self, name: str) -> Columns:
-        """The same examples less one column."""
-        raise NotImplementedError
-
-    def map_tensors(self, fn: Callable[[Any], Any]) -> Columns:
-        """The same columns with ``fn`` applied to every tensor that is held."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, eq=False)
-class TensorColumns(Columns):
-    """Columns held in memory (or in memory-mapped files): name -> ``[N, ...]``, equally long."""
-
-    tensors: Mapping[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape[1:])
-
-    def take(self, index: Tensor) -> dict[str, Tensor]:
-        flat = index.reshape(-1)
-        return {
-            name: tensor.index_select(0, flat).reshape((*index.shape, *tensor.shape[1:]))
-            for name, tensor in self.tensors.items()
-        }
-
-    def column(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def subset(self, index: Tensor) -> TensorColumns:
-        return TensorColumns(self.take(index))
-
-    def without(self, name: str) -> TensorColumns:
-        return TensorColumns({known: tensor for known, tensor in self.tensors.items() if known != name})
-
-    def map_tensors(self, fn: Callable[[Any], Any]) -> TensorColumns:
-        return TensorColumns({name: fn(tensor) for name, tensor in self.tensors.items()})
-
-
-@dataclass(frozen=True, eq=False)
-class DatasetColumns(Columns):
-    """Columns read example by example from a map-style data set of dicts; nothing is kept.
-
-    Values may be tensors, arrays or numbers, of the same shape in every example.
-
-    Attributes:
-        dataset: the data set; sent to workers as it is, so it must be picklable.
-        index: ``int64 [N]`` positions in it; None for all of it.
-        hidden: columns that are left out.
-    """
-
-    dataset: Dataset
-    index: Tensor | None = None
-    hidden: frozenset[str] = frozenset()
-
-    def __len__(self) -> int:
-        return len(self.dataset) if self.index is None else len(self.index)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._example(0))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._example(0)[name].shape)
-
-    def take(self, index: Tensor) -> dict[str, Tensor]:
-        if index.numel() == 0:
-            return {name: value.new_empty((*index.shape, *value.shape)) for name, value in self._example(0).items()}
-        examples = [self._example(position) for position in index.reshape(-1).tolist()]
-        stacked = {name: _stack(name, examples) for name in examples[0]}
-        return {name: values.reshape((*index.shape, *values.shape[1:])) for name, values in stacked.items()}
-
-    def column(self, name: str) -> Tensor:
-        return _stack(name, [{name: self._example(position).get(name)} for position in range(len(self))])
-
-    def subset(self, index: Tensor) -> DatasetColumns:
-        return replace(self, index=index if self.index is None else self.index[index])
-
-    def without(self, name: str) -> DatasetColumns:
-        return replace(self, hidden=self.hidden | {name})
-
-    def map_tensors(self, fn: Callable[[Any], Any]) -> DatasetColumns:
-        return self if self.index is None else replace(self, index=fn(self.index))
-
-    def _example(self, position: int) -> dict[str, Tensor]:
-        place = position if self.index is None else int(self.index[position])
-        example = self.dataset[place]
-        if not isinstance(example, Mapping):
-            kind = type(example).__name__
-            raise RequestError(
-                f'data.source: a data set gives one dict an example, {{"x": ..., "y": ...}}; got {kind} at {place}'
-            )
-        return {name: _value(value, name, place) for name, value in example.items() if name not in self.hidden}
-
-
-def _stack(name: str, examples: Sequence[Mapping[str, Tensor | None]]) -> Tensor:
-    """One column of some examples, ``[n, ...]``."""
-    values = [value for example in examples if (value := example.get(name)) is not None]
-    if len(values) < len(examples):
-        raise RequestError(f"data.source.{name}: some examples have this column and others have not")
-    shapes = sorted({tuple(value.shape) for value in values})
-    if len(shapes) > 1:
-        raise RequestError(
-            f"data.source.{name}: examples differ in shape ({', '.join(map(str, shapes[:3]))}); pad or crop them to one"
-        )
-    return torch.stack(values)
-
-
-def _value(value: Any, name: str, place: int) -> Tensor:
-    """One value of one example as a tensor."""
-    if isinstance(value, Tensor):
-        return value
-    try:
-        return _from_numpy(value) if isinstance(value, np.ndarray) else torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise RequestError(
-            f"data.source.{name}: {type(value).__name__} at {place} is no tensor; give tensors, arrays or numbers"
-        ) from None
-
-
-def _from_numpy(array: np.ndarray) -> Tensor:
-    """The array's memory as a tensor, read-only memory (a memory map) included: nothing here writes into columns."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
 
 
 def as_columns(split: Any, where: str) -> Columns:
     """Columns of a split as a source gives it.
 
     Args:
-        split: dict of tensors or arrays ``[N, ...]``, or a map-style data set of dicts.
+        split: dict of tensors or arrays ``[N, ...]``, a Hugging Face data set, or a map-style data set of dicts. Arrays
+            that are mapped whole (``numpy.load(path, mmap_mode="r")``) stay in their files.
         where: the key that an error names, e.g. ``"data.source.train"``.
 
     Raises:
         RequestError: for no column, no example, columns of different lengths, or what is no tensor.
     """
     if isinstance(split, Columns):
-        return split
-    if isinstance(split, Mapping):
-        columns: Columns = TensorColumns({name: _column(value, f"{where}.{name}") for name, value in split.items()})
-        if not columns.names:
+        columns = split
+    elif isinstance(split, Mapping):
+        if not split:
             raise RequestError(f'{where}: no column; give at least one, e.g. {{"x": x, "y": y}}')
-        lengths = {name: len(columns.column(name)) for name in columns.names}
-        if len(set(lengths.values())) > 1:
-            said = ", ".join(f"{name} {length}" for name, length in lengths.items())
-            raise RequestError(f"{where}: columns differ in length ({said})")
+        columns = _of_mapping(split, where)
+    elif arrow.is_dataset(split):
+        columns = arrow.columns_of(split, where)
     elif hasattr(split, "__getitem__") and hasattr(split, "__len__"):
         columns = DatasetColumns(split)
     else:
@@ -213,28 +50,33 @@ def as_columns(split: Any, where: str) -> Columns:
     return columns
 
 
-def _column(value: Any, where: str) -> Tensor:
-    """A column as a tensor ``[N, ...]`` that shares the given memory."""
-    if isinstance(value, np.ndarray):
-        if value.dtype == object:
-            raise RequestError(f"{where}: an array of objects (ragged rows?); pad or crop its rows to one shape")
-        try:
-            value = _from_numpy(value)
-        except TypeError:
-            raise RequestError(f"{where}: no tensor has dtype {value.dtype}; give numbers") from None
-    if not isinstance(value, Tensor):
-        raise RequestError(f"{where}: {type(value).__name__} given; give a tensor or an array [N, ...]")
-    if value.dim() == 0:
-        raise RequestError(f"{where}: a single number given; give one value an example, [N, ...]")
-    return value.detach()
+def _of_mapping(split: Mapping[str, Any], where: str) -> Columns:
+    tensors = {name: to_column(value, f"{where}.{name}") for name, value in split.items()}
+    lengths = {name: len(tensor) for name, tensor in tensors.items()}
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise RequestError(f"{where}: columns differ in length ({said})")
+    mapped = {name for name, value in split.items() if is_mapped(value)}
+    if not mapped:
+        return TensorColumns(tensors)
+    return mapped_columns({name: split[name] if name in mapped else tensors[name] for name in split})
+
+
+def input_name(columns: Columns, label: str) -> str:
+    """The column that a model takes: ``x``, or the first that is no label where there is no ``x``."""
+    names = columns.names
+    return "x" if "x" in names else next((name for name in names if name != label), names[0])
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """The data an experiment runs on.
 
-    A split is a dict of tensors or arrays ``[N, ...]``, or a map-style data set of dicts. Splits that are not given are
-    drawn from ``train`` as the experiment says.
+    A split is a dict of tensors or arrays ``[N, ...]``, a map-style data set of dicts, a Hugging Face data set, or
+    columns such as :class:`ClientColumns`. Splits that are not given are drawn from ``train`` as the experiment says.
+
+    Inputs of bytes (``uint8``) with the range (0, 1) are images: they stay bytes in memory and are float32 in [0, 1]
+    when they are taken.
 
     Attributes:
         train: the pool that clients train on.
@@ -242,9 +84,11 @@ class Source:
         validation: the server's validation examples.
         proxy: the server's unlabelled examples.
         root: the server's labelled examples.
-        clients: ``int [N]``, whose each training example is (the natural partition).
+        clients: ``int [N]``, whose each training example is (the natural partition); left out, ``ClientColumns`` know.
         label: the column for label partitions and attacks.
         input_range: ``(low, high)`` of the inputs, e.g. ``(0, 1)`` for images; attacks stay inside it.
+        classes: how many classes the labels are of; left out, they are counted.
+        scan: whether numbers in memory are looked through for NaN and infinities, once.
 
     Raises:
         RequestError: for splits that are no columns, or that do not fit each other.
@@ -258,14 +102,36 @@ class Source:
     clients: Any = None
     label: str = "y"
     input_range: tuple[float, float] | None = None
+    classes: int | None = None
+    scan: bool = True
 
     def __post_init__(self) -> None:
-        train = self.columns("train")
-        assert train is not None
-        for split in SPLITS[1:]:
-            found = self.columns(split)
-            if found is not None:
-                self._same_columns(split, train.names, found.names)
+        if self.input_range is not None and not self.input_range[0] < self.input_range[1]:
+            raise RequestError(f"data.source.input_range: {self.input_range} given; give (low, high)")
+        if self.classes is not None and (not isinstance(self.classes, int) or self.classes < 1):
+            raise RequestError(f"data.source.classes: {self.classes!r} given; give how many there are")
+        found = {
+            split: as_columns(given, f"data.source.{split}")
+            for split in SPLITS
+            if (given := getattr(self, split)) is not None
+        }
+        if "train" not in found:
+            raise RequestError("data.source.train: None given; give a dict of tensors or a data set")
+        train = found["train"]
+        for split, columns in found.items():
+            self._same_columns(split, train.names, columns.names)
+            arrow.check_needed(getattr(self, split), columns, [self.label], f"data.source.{split}")
+        name = input_name(train, self.label)
+        for split, columns in found.items():
+            types = train.dtype(name), columns.dtype(name)
+            if torch.uint8 in types and types[0] != types[1]:
+                raise RequestError(
+                    f"data.source.{split}.{name}: {str(types[1])[6:]} given, and train has {str(types[0])[6:]}; give"
+                    " bytes in all splits or in none"
+                )
+        if self.input_range == (0, 1):
+            found = {split: _unit_range(columns, name) for split, columns in found.items()}
+        object.__setattr__(self, "_columns", found)
         if self.clients is not None:
             ids = np.asarray(self.clients)
             if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) != len(train):
@@ -273,18 +139,27 @@ class Source:
                     f"data.source.clients: {ids.dtype} {list(ids.shape)} given; give one integer for each of the "
                     f"{len(train)} training examples"
                 )
-        if self.input_range is not None and not self.input_range[0] < self.input_range[1]:
-            raise RequestError(f"data.source.input_range: {self.input_range} given; give (low, high)")
+
+    @classmethod
+    def of(cls, given: Any) -> Any:
+        """A source of what may stand for one, a Hugging Face ``Dataset`` or ``DatasetDict``; all else as it is.
+
+        The input, a column ``x`` or the only image or array, becomes ``x``, and the label, a column ``y`` or ``label``
+        or the only ``ClassLabel``, becomes ``y``.
+        """
+        return cls(**arrow.splits_of(given, "data.source")) if arrow.is_dataset(given, whole=True) else given
 
     def columns(self, split: str) -> Columns | None:
         """A split's columns, or None where the source brings none."""
-        given = getattr(self, split)
-        return None if given is None else as_columns(given, f"data.source.{split}")
+        found: dict[str, Columns] = vars(self)["_columns"]
+        return found.get(split)
 
     @property
     def client_ids(self) -> np.ndarray | None:
         """``int64 [N]``: whose each training example is, or None."""
-        return None if self.clients is None else np.asarray(self.clients).astype(np.int64, copy=False)
+        if self.clients is not None:
+            return np.asarray(self.clients).astype(np.int64, copy=False)
+        return self.train.ids if isinstance(self.train, ClientColumns) else None
 
     def _same_columns(self, split: str, wanted: tuple[str, ...], given: tuple[str, ...]) -> None:
         for name in wanted:
@@ -293,3 +168,12 @@ class Source:
                     f"data.source.{split}: column {name!r} of train is missing; it has {', '.join(given)}"
                     f"{nearest(name, given)}"
                 )
+
+
+def _unit_range(columns: Columns, name: str) -> Columns:
+    """Columns one of which, if it is of bytes, is given as float32 in [0, 1]."""
+    if columns.dtype(name) != torch.uint8:
+        return columns
+    if isinstance(columns, TensorColumns | MappedColumns):
+        return replace(columns, pixels=columns.pixels | {name})
+    return Derived(columns, UnitRange(name), changes=frozenset({name}))

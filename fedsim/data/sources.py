@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from clients import randomness
 from clients.errors import RequestError, nearest
 from clients.recipe import Count, NonNegative
+from fedsim.data.arrow import splits_of
+from fedsim.data.mapped import is_mapped, mapped_columns
+from fedsim.data.pictures import only_classes
 from fedsim.data.source import Source
+from fedsim.data.tensors import not_finite
 
 
-def digits() -> Source:
-    """8x8 grey images of handwritten digits, bundled with scikit-learn: ``x`` float32 ``[1797, 64]`` in [0, 1]."""
+def digits(*, classes: Sequence[int] | None = None) -> Source:
+    """8x8 grey images of handwritten digits, bundled with scikit-learn: ``x`` float32 ``[1797, 64]`` in [0, 1].
+
+    Args:
+        classes: only examples of these, renumbered from 0 in this order.
+    """
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    return Source(
-        train={"x": (images / 16).astype(np.float32), "y": labels.astype(np.int64)},
-        input_range=(0.0, 1.0),
-    )
+    train = {"x": (images / 16).astype(np.float32), "y": labels.astype(np.int64)}
+    return Source(train=only_classes(train, classes, 10), input_range=(0.0, 1.0))
 
 
 def synthetic(
@@ -77,21 +85,47 @@ def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]
     return {"x": np.concatenate([x for x, _ in parts]), "y": np.concatenate([y for _, y in parts])}
 
 
-#: Arrays that a file may hold, besides those of the training split.
+#: Arrays that a file or folder may hold, besides those of the training split.
 _OTHERS = ("x_test", "y_test", "x_validation", "y_validation", "x_proxy", "x_root", "y_root", "clients")
 
 
-def arrays(path: Path) -> Source:
-    """Arrays of your own in one ``.npz`` file, written with ``numpy.savez``.
+def arrays(path: Path, *, scan: bool = True) -> Source:
+    """Arrays of your own: one ``.npz`` file, written with ``numpy.savez``, or a folder of ``.npy`` files.
 
     The file holds ``x`` ``[N, ...]`` and ``y`` ``[N]`` (classes from 0, or real numbers) or ``[N, ...]``; it may hold
     ``x_test`` and ``y_test``, ``x_validation`` and ``y_validation``, ``x_root`` and ``y_root``, ``x_proxy``, and
-    ``clients`` ``[N]``, whose each training example is. Real numbers become float32, classes int64; an ``x`` of bytes
-    (``uint8``) is an image's pixels and becomes float32 in [0, 1]. Other integers in ``x`` (tokens) become int64.
+    ``clients`` ``[N]``, whose each training example is. A folder has the same as ``x.npy``, ``y.npy`` and so on; its
+    files may be larger than memory, since of arrays of more than one number an example only the rows that are asked for
+    are read. Real numbers become float32, classes int64; an ``x`` of bytes (``uint8``) is an image's pixels, which stay
+    bytes until they are taken as float32 in [0, 1]. Other integers in ``x`` (tokens) become int64.
 
     Args:
-        path: the file; in an experiment file, relative to it.
+        path: the file or folder; in an experiment file, relative to it.
+        scan: whether to look through all numbers for NaN and infinities first.
     """
+    found: dict[str, Any] = _folder(path) if path.is_dir() else _file(path)
+    for name, array in found.items():
+        _check(array, name, path, scan)
+    types = {name: _type(array, name) for name, array in found.items()}
+    columns = {
+        name: array if is_mapped(array) else array.astype(types[name], copy=False)
+        for name, array in found.items()
+        if name != "clients"
+    }
+    return Source(
+        train=_split(columns, types, ""),
+        test=_split(columns, types, "_test"),
+        validation=_split(columns, types, "_validation"),
+        proxy=_split(columns, types, "_proxy"),
+        root=_split(columns, types, "_root"),
+        clients=np.array(found["clients"]) if "clients" in found else None,
+        input_range=(0.0, 1.0) if found["x"].dtype == np.uint8 else None,
+        scan=False,
+    )
+
+
+def _file(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file."""
     where = "data.source.path"
     try:
         file = np.load(path, allow_pickle=False)
@@ -100,23 +134,24 @@ def arrays(path: Path) -> Source:
                 f"{where}: {path} holds one array without a name; write it with numpy.savez(path, x=x, y=y)"
             )
         with file:
-            found = {name: _read(file, name, path) for name in _names(file.files, path)}
+            return {name: _read(file, name, path) for name in _names(file.files, path)}
     except FileNotFoundError:
         raise RequestError(f"{where}: there is no file {path}") from None
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise RequestError(f"{where}: {path} is not an .npz file that can be read ({error})") from None
 
-    pixels = found["x"].dtype == np.uint8
-    columns = {name: _column(array, name, path) for name, array in found.items() if name != "clients"}
-    return Source(
-        train={"x": columns["x"], "y": columns["y"]},
-        test=_split(columns, "test"),
-        validation=_split(columns, "validation"),
-        proxy=_split(columns, "proxy"),
-        root=_split(columns, "root"),
-        clients=found.get("clients"),
-        input_range=(0.0, 1.0) if pixels else None,
-    )
+
+def _folder(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a folder of .npy files, mapped."""
+    found = {}
+    for name in _names(sorted(file.stem for file in path.glob("*.npy")), path):
+        file = path / f"{name}.npy"
+        try:
+            found[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, EOFError, ValueError) as error:
+            reason = _RAGGED if "bject" in str(error) else f"is not an .npy file that can be mapped ({error})"
+            raise RequestError(f"data.source.path: {name} of {path} {reason}") from None
+    return found
 
 
 def _names(names: list[str], path: Path) -> list[str]:
@@ -141,36 +176,80 @@ def _names(names: list[str], path: Path) -> list[str]:
     return names
 
 
+#: What numpy refuses to read: pickled objects, which is what ragged rows are saved as.
+_RAGGED = "holds objects (ragged rows?); pad or crop its rows to one shape"
+
+
 def _read(file: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:
     try:
         return file[name]
-    except ValueError as error:  # numpy refuses pickled objects, which is what ragged rows are saved as
-        reason = "holds objects (ragged rows?); pad or crop its rows to one shape" if "bject" in str(error) else error
-        raise RequestError(f"data.source.path: {name} of {path} {reason}") from None
+    except ValueError as error:
+        raise RequestError(
+            f"data.source.path: {name} of {path} {_RAGGED if 'bject' in str(error) else error}"
+        ) from None
 
 
-def _column(array: np.ndarray, name: str, path: Path) -> np.ndarray:
-    """An array in the type that training takes, once it is known that its numbers can be used."""
+def _check(array: np.ndarray, name: str, path: Path, scan: bool) -> None:
+    """Refuses an array whose numbers cannot be used."""
     where = f"data.source.path: {name} of {path}"
     if array.dtype.kind not in "fiub":
         raise RequestError(f"{where} is of {array.dtype}; give numbers")
-    if array.dtype.kind == "f":
-        # The extremes of an array with NaN are NaN, so this needs no array of flags as large as the data.
-        if array.size and not np.isfinite([array.min(), array.max()]).all():
-            place = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
-            raise RequestError(f"{where} has {array[place]} at {list(place)}; every number must be finite")
-        return array.astype(np.float32, copy=False)
-    if name.startswith("x"):
-        if array.dtype == np.uint8:
-            return array.astype(np.float32) / np.float32(255)
-        return array.astype(np.float32 if array.dtype == bool else np.int64, copy=False)
-    if array.ndim == 1 and array.size and array.min() < 0:
+    if array.ndim == 0:
+        raise RequestError(f"{where} is a single number; give one value an example, [N, ...]")
+    if not len(array):
+        raise RequestError(f"{where} is empty; give at least one example")
+    if array.dtype.kind == "f" and scan:
+        wrong = not_finite(array)
+        if wrong is not None:
+            raise RequestError(f"{where} has {wrong}; every number must be finite")
+    if name.startswith("y") and array.dtype.kind == "i" and array.ndim == 1 and array.min() < 0:
         raise RequestError(
             f"{where} has the class {array.min()} at [{array.argmin()}]; classes count from 0 (real targets are floats)"
         )
-    return array.astype(np.int64, copy=False)
 
 
-def _split(columns: dict[str, np.ndarray], split: str) -> dict[str, np.ndarray] | None:
-    found = {name: columns[f"{name}_{split}"] for name in ("x", "y") if f"{name}_{split}" in columns}
-    return found or None
+def _type(array: np.ndarray, name: str) -> type:
+    """The type that training takes."""
+    if array.dtype.kind == "f" or (name.startswith("x") and array.dtype == bool):
+        return np.float32
+    return np.uint8 if name.startswith("x") and array.dtype == np.uint8 else np.int64
+
+
+def _split(columns: dict[str, Any], types: dict[str, type], suffix: str) -> Any:
+    """The columns of a split, by the suffix of its arrays' names; None where there are none."""
+    found = {name: columns[name + suffix] for name in ("x", "y") if name + suffix in columns}
+    if not any(is_mapped(array) for array in found.values()):
+        return found or None
+    lengths = {name: len(array) for name, array in found.items()}
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name}{suffix} {length}" for name, length in lengths.items())
+        raise RequestError(f"data.source.path: columns differ in length ({said})")
+    return mapped_columns(found, {name: types[name + suffix] for name in found})
+
+
+def huggingface(path: Path, *, x: str | None = None, label: str | None = None) -> Source:
+    """A Hugging Face data set that was saved with ``save_to_disk``: a ``Dataset``, or a ``DatasetDict`` of splits.
+
+    Splits are ``train``, ``test`` and ``validation``. The input becomes ``x`` and the label ``y``. Images are decoded
+    to bytes ``[C, H, W]`` and are float32 in [0, 1] when they are taken; they must have one shape. Columns of text are
+    left out.
+
+    Args:
+        path: the folder; in an experiment file, relative to it.
+        x: the column of inputs; left out, ``x``, or the only image, or the only array.
+        label: the column of labels; left out, ``y`` or ``label``, or the only ``ClassLabel``.
+    """
+    try:
+        from datasets import load_from_disk
+    except ImportError:
+        raise RequestError(
+            'data.source: huggingface needs datasets, which is not installed; pip install "fedsim[datasets]"'
+        ) from None
+    try:
+        given = load_from_disk(str(path))
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise RequestError(
+            f"data.source.path: {path} is no data set that save_to_disk wrote ({type(error).__name__}: {said})"
+        ) from None
+    return Source(**splits_of(given, "data.source", x, label))

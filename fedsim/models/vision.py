@@ -1,4 +1,6 @@
-"""Torchvision's networks with any norm, fitted to small images and any number of channels; never pretrained.
+"""Torchvision's networks with any norm, fitted to small images and any number of channels.
+
+Their published weights are an initialisation, ``pretrained``; they fit ``stem = "large"`` and three channels.
 
 Parameters keep torchvision's names (``conv1.weight``, ``layer1.0.bn1.weight``, ``fc.weight``), whatever the norm is.
 """
@@ -95,6 +97,7 @@ def _fitted(
     if stem not in ("auto", "small", "large"):
         raise ValueError(f"stem = {stem!r}; allowed are auto, small, large")
     model = get_model(name, weights=None, num_classes=classes, **settings)
+    model.architecture = name  # by which published weights are found
     _fit_stem(model, shape[0], small=stem == "small" or (stem == "auto" and max(shape[1:]) <= 64))
     # A hook and no wrapper, so that parameters keep their names.
     model.register_forward_pre_hook(_Inputs(shape))

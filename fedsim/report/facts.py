@@ -13,7 +13,7 @@ from typing import Any
 import strategies.kinds  # noqa: F401  (declares the kind that is looked up here)
 from clients.catalog import find
 from clients.errors import RequestError
-from fedsim.report.numbers import metric, wilson
+from fedsim.report.numbers import metric, thinned, wilson
 from fedsim.runs.history import Run, load
 
 _PARTICIPATION = """
@@ -26,6 +26,12 @@ SELECT client, value, examples FROM client_metrics WHERE split = :split AND name
 ORDER BY value, client
 """
 _SPLITS = ("test", "validation", "client_test", "client_validation")
+
+#: The split whose accuracy is an attack's success; a run is never judged by it.
+ATTACK = "attack"
+
+#: Clients that a page shows one by one.
+_MOST_CLIENTS = 100
 
 
 @dataclass(frozen=True)
@@ -95,14 +101,17 @@ class Facts:
 
     @cached_property
     def population(self) -> int | None:
-        """Clients there are, where the experiment says."""
+        """Clients there are, where the record or the experiment says."""
+        if self.run.census is not None:
+            return self.run.census["clients"]
         clients = section(self.run.experiment, "data").get("clients")
         return clients if isinstance(clients, int) else None
 
     @cached_property
     def splits(self) -> list[str]:
         """The splits that were evaluated, test first."""
-        known = {key.removesuffix("_loss") for row in self.rounds for key in row if key.endswith("_loss")} - {"train"}
+        known = {key.removesuffix("_loss") for row in self.rounds for key in row if key.endswith("_loss")}
+        known -= {"train", ATTACK}
         return sorted(known, key=lambda split: (_SPLITS.index(split) if split in _SPLITS else len(_SPLITS), split))
 
     @property
@@ -141,15 +150,41 @@ class Facts:
     @cached_property
     def interval(self) -> tuple[float, float] | None:
         """The 95 % interval of a classification accuracy for a test set of that size."""
-        value, examples = self.last("accuracy"), self.examples
+        return self._interval(self.split) if self.primary == "accuracy" else None
+
+    @cached_property
+    def attack_interval(self) -> tuple[float, float] | None:
+        """The same of an attack's success."""
+        return self._interval(ATTACK)
+
+    def _interval(self, split: str) -> tuple[float, float] | None:
+        value, examples = self.last("accuracy", split), self.last("examples", split)
         one_each = part_name(self.run.experiment.get("task", "classification"), "classification") == "classification"
-        if not one_each or self.primary != "accuracy" or value is None or not examples or not 0 <= value <= 1:
+        if not one_each or value is None or not examples or not 0 <= value <= 1:
             return None
-        return wilson(value, examples)
+        return wilson(value, int(examples))
+
+    @cached_property
+    def attacked(self) -> bool:
+        """Whether an attack's success was measured."""
+        return self.last("accuracy", ATTACK) is not None
 
     def total(self, name: str) -> float:
         """A column of the ledger, summed over the rounds."""
         return sum(row[name] or 0 for row in self.rounds)
+
+    @cached_property
+    def sent_share(self) -> float | None:
+        """Which share of the model's parameters clients send, ``None`` where they send all of it."""
+        kept = self.parameters["frozen"] + self.parameters["personal"]
+        return self.parameters["sent"] / (self.parameters["sent"] + kept) if kept else None
+
+    @cached_property
+    def parameters(self) -> dict[str, int]:
+        """How many parameters clients send, how many are frozen, and how many stay with the clients."""
+        names = {"sent": "parameters", "frozen": "frozen_parameters", "personal": "personal_parameters"}
+        found = {name: self.run.manifest.get(key) for name, key in names.items()}
+        return {name: value if isinstance(value, int) else 0 for name, value in found.items()}
 
     @property
     def epsilon(self) -> float | None:
@@ -161,6 +196,13 @@ class Facts:
         """Clients a round, on average."""
         trained = [row["cohort"] for row in self.rounds if row["round"] > 0]
         return sum(trained) / len(trained) if trained else 0.0
+
+    @cached_property
+    def shown_clients(self) -> list[dict[str, Any]]:
+        """The clients that a page shows one by one, those with most training examples first; evenly chosen by size."""
+        ids = [row["client"] for row in self.run.query("SELECT client FROM population ORDER BY train DESC, client")]
+        found = self.run.holdings([ids[i] for i in thinned(len(ids), _MOST_CLIENTS)])
+        return sorted(found, key=lambda row: (-row["train"], row["client"]))
 
     @cached_property
     def participation(self) -> dict[int, int]:
@@ -213,6 +255,11 @@ def part_name(part: Any, default: str) -> str:
 def words(name: str) -> str:
     """``client_test`` as ``client test``."""
     return name.replace("_", " ")
+
+
+def measure(split: str, name: str) -> str:
+    """``client_test`` and ``accuracy`` as ``client test accuracy``; that of ``attack`` as ``attack success``."""
+    return "attack success" if (split, name) == (ATTACK, "accuracy") else f"{words(split)} {words(name)}"
 
 
 def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

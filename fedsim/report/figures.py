@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from fedsim.report.facts import Facts, words
+from fedsim.report.facts import ATTACK, Facts, measure, words
 from fedsim.report.markup import plot_text
 from fedsim.report.numbers import SHARES, thinned, unit_of, unit_of_time
+
+#: Classes that a picture of label mixes has a line for.
+MOST_CLASSES = 100
 
 #: Points a curve keeps in a page; a longer run is thinned evenly.
 _POINTS = 1500
@@ -39,13 +42,20 @@ def axes(runs: Sequence[Facts]) -> dict[str, dict[str, Any]]:
 
 
 def curves(runs: Sequence[Facts]) -> dict[str, Figure]:
-    """The learning curves: the primary metric and the loss, each against every axis."""
+    """The learning curves: the primary metric and the loss, each against every axis.
+
+    An attack's success is drawn beside the accuracy of a single run, in a figure of its own otherwise.
+    """
     offered = axes(runs)
     primary = runs[0].primary
     figures = {}
+    success = {f"{ATTACK}_accuracy": measure(ATTACK, "accuracy").capitalize()}
+    beside = len(runs) == 1 and primary == "accuracy"
     if primary != "loss" and any(facts.last(primary) is not None for facts in runs):
-        figures["metric"] = _curve(runs, offered, primary, [])
-    figures["loss"] = _curve(runs, offered, "loss", ["train_loss"] if len(runs) == 1 else [])
+        figures["metric"] = _curve(runs, offered, primary, success if beside else {})
+    if any(facts.attacked for facts in runs) and not (beside and "metric" in figures):
+        figures["attack"] = _curve(runs, offered, "accuracy", {}, ATTACK)
+    figures["loss"] = _curve(runs, offered, "loss", {"train_loss": "Training (cohort mean)"} if len(runs) == 1 else {})
     return {name: figure for name, figure in figures.items() if figure["traces"]}
 
 
@@ -70,6 +80,35 @@ def client_distribution(facts: Facts) -> Figure | None:
         "ytitle": "Clients",
         "marks": [{"x": found.mean, "text": "mean"}],
     }
+
+
+def population(facts: Facts) -> Figure | None:
+    """How many training examples each shown client holds, and of which classes."""
+    shown, summary = facts.shown_clients, facts.run.census
+    if not shown or summary is None:
+        return None
+    classes: list[int] = []
+    if all(row["labels"] is not None for row in shown):
+        totals = [sum(counts) for counts in zip(*(row["labels"] for row in shown), strict=True)]
+        frequent = sorted(range(len(totals)), key=lambda label: (-totals[label], label))
+        classes = sorted(frequent[:MOST_CLASSES])
+    return {
+        "kind": "population",
+        "clients": [row["client"] for row in shown],
+        "sizes": [row["train"] for row in shown],
+        "marks": _marks(shown),
+        "classes": classes,
+        "counts": [[row["labels"][label] for row in shown] for label in classes],
+    }
+
+
+def _marks(shown: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Which of the shown clients, by their places, are held out, and which attack in what way."""
+    found = {"Held out": [i for i, row in enumerate(shown) if row["held_out"]]}
+    for kind in sorted({row["attack"] for row in shown if row["attack"] is not None}):
+        name = plot_text(f"Attack: {words(kind)}")
+        found[name] = [i for i, row in enumerate(shown) if row["attack"] == kind]
+    return [{"name": name, "at": at} for name, at in found.items() if at]
 
 
 def participation(facts: Facts) -> Figure | None:
@@ -105,13 +144,17 @@ def _bins(lowest: float, highest: float, share: bool) -> tuple[float, float]:
     return max(1.0 - _BINS * whole, 0.0), whole
 
 
-def _curve(runs: Sequence[Facts], offered: dict[str, Any], name: str, further: Sequence[str]) -> Figure:
+def _curve(
+    runs: Sequence[Facts], offered: dict[str, Any], name: str, further: Mapping[str, str], split: str | None = None
+) -> Figure:
+    """One metric of a split (left out: of all splits of a single run, of the judged one of several), and further keys
+    with their labels."""
     traces = []
     for i, facts in enumerate(runs):
         along = _along(facts, offered)
-        splits = [facts.split] if len(runs) > 1 else facts.splits
+        splits = [split or facts.split] if split or len(runs) > 1 else facts.splits
         keys = [(f"{split}_{name}", words(split).capitalize()) for split in splits]
-        keys += [(key, "Training (cohort mean)") for key in further]
+        keys += further.items()
         for j, (key, label) in enumerate(keys):
             trace = _trace(facts, along, key, most=_POINTS // max(len(runs) // 4, 1))
             if trace is not None:
@@ -124,7 +167,7 @@ def _curve(runs: Sequence[Facts], offered: dict[str, Any], name: str, further: S
         "traces": traces,
         "axes": {key: axis["title"] for key, axis in offered.items()},
         "percent": name in SHARES,
-        "ytitle": plot_text(words(name).capitalize()),
+        "ytitle": plot_text((measure(split, name) if split else words(name)).capitalize()),
     }
 
 

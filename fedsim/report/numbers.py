@@ -69,6 +69,24 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60:,}{_NO_BREAK}h{_NO_BREAK}{minutes % 60}{_NO_BREAK}min"
 
 
+def share(value: float) -> str:
+    """``0.05 %``: a share with two significant digits, ``46 %``, and never as none or all what is neither."""
+    percent = 100 * value
+    digits = 0 if percent >= 10 else 1 if percent >= 1 else 2
+    rounded = round(percent, digits)
+    if (rounded == 0) != (value == 0):
+        return f"under 0.01{_NO_BREAK}%"
+    return f"over 99{_NO_BREAK}%" if rounded == 100 and value < 1 else f"{rounded:.{digits}f}{_NO_BREAK}%"
+
+
+def millions(number: int) -> str:
+    """``5,130``, ``81.7 k``, ``11.2 M``, ``1.24 G``: a count to three digits."""
+    if number < 10_000:
+        return f"{number:,}"
+    power = next(power for power in (1, 2, 3) if number < 999.5 * 1000**power or power == 3)
+    return f"{number / 1000**power:#.3g}".rstrip(".") + f"{_NO_BREAK}{'kMG'[power - 1]}"
+
+
 def count(number: int, one: str, many: str | None = None) -> str:
     """``1 client``, ``1,200 clients``."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -11,7 +11,7 @@
     const read = (name) => style.getPropertyValue(name).trim();
     return {
       ink: read("--ink"), muted: read("--muted"), line: read("--line"), card: read("--card"),
-      series: read("--series").split(/\s+/),
+      series: read("--series").split(/\s+/), shades: read("--shades").split(/\s+/),
     };
   }
 
@@ -20,6 +20,7 @@
     return {
       ink: "#161a20", muted: "#59626e", line: "#dfe3e8", card: "#ffffff",
       series: ["#2a78d6", "#d9541e", "#14905f", "#a66f00", "#c43d78", "#5a49b8", "#0b7f8c", "#c22f2f"],
+      shades: ["#f7f9fb", "#c3d9f3", "#86b1e6", "#4585d0", "#1d5cae", "#0b2f66"],
     };
   }
 
@@ -77,13 +78,74 @@
     })];
   }
 
+  // The clients' sizes as bars, largest first; below each bar the mix of its labels: one column, one line a class.
+  function population(figure, colour) {
+    const place = figure.clients.map((_, i) => i);
+    const name = (i) => "client " + figure.clients[i];
+    const mixed = figure.classes.length > 0;
+    const data = [{
+      type: "bar", name: "Training examples", x: place, y: figure.sizes, width: 0.86, yaxis: "y2", showlegend: false,
+      marker: { color: colour.series[0] }, customdata: place.map(name), hovertemplate: "%{customdata}: %{y:,} examples<extra></extra>",
+    }];
+    // Marks in a line of their own: a client with few examples has next to no bar that could be coloured.
+    const symbols = ["circle-open", "x-thin-open", "triangle-up-open", "square-open", "diamond-open"];
+    figure.marks.forEach((mark, k) => data.push({
+      type: "scatter", mode: "markers", name: mark.name, x: mark.at, y: mark.at.map(() => 0), yaxis: "y3", cliponaxis: false,
+      marker: { symbol: symbols[k % symbols.length], size: 7, color: colour.ink, line: { width: 1.6, color: colour.ink } },
+      customdata: mark.at.map(name), hovertemplate: "%{customdata}<extra>%{fullData.name}</extra>",
+    }));
+    if (mixed) {
+      // The root of the share, so that a hundredth can be told from nothing.
+      const share = (count, i) => (figure.sizes[i] ? count / figure.sizes[i] : 0);
+      const ticks = [0.01, 0.1, 0.25, 0.5, 1];
+      data.push({
+        type: "heatmap", x: place, y: figure.classes.map(String), zmin: 0, zmax: 1, xgap: 1, ygap: figure.classes.length > 25 ? 0 : 1,
+        colorscale: colour.shades.map((shade, i, all) => [i / (all.length - 1), shade]),
+        z: figure.counts.map((line) => line.map((count, i) => Math.sqrt(share(count, i)))),
+        text: figure.counts.map((line) => line.map((count, i) =>
+          name(i) + ": " + count + " of " + figure.sizes[i] + " (" + (100 * share(count, i)).toFixed(1) + " %)")),
+        hovertemplate: "%{text}<br>class %{y}<extra></extra>",
+        colorbar: {
+          orientation: "h", x: 0, xanchor: "left", xpad: 0, y: 0, yanchor: "top", ypad: 26, len: 230, lenmode: "pixels", thickness: 9,
+          tickvals: ticks.map(Math.sqrt), ticktext: ticks.map((tick) => 100 * tick + " %"), outlinewidth: 0,
+          tickfont: { color: colour.muted, size: 11 },
+        },
+      });
+    }
+    const [marked, sized] = mixed ? [[0.63, 0.66], [figure.marks.length ? 0.69 : 0.65, 1]] : [[0, 0.08], [figure.marks.length ? 0.14 : 0, 1]];
+    const look = layout(colour, {
+      showlegend: figure.marks.length > 0, bargap: 0, margin: { l: 8, r: 14, t: 8, b: mixed ? 62 : 26 },
+      legend: { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", font: { size: 12 } },
+      xaxis: axis(colour, "", {
+        range: [-0.5, place.length - 0.5], showgrid: false, showline: false, showticklabels: false, ticks: "", automargin: false,
+        anchor: mixed ? "y" : "y2",
+      }),
+      yaxis2: axis(colour, "Examples", { domain: sized, rangemode: "tozero", nticks: 5 }),
+      yaxis3: { domain: marked, visible: false, range: [-1, 1], fixedrange: true },
+      annotations: [{
+        xref: "paper", yref: "paper", x: 0, y: 0, xanchor: "left", yanchor: "top", yshift: -4, showarrow: false,
+        text: "Clients, largest first", font: { size: 13, color: colour.muted },
+      }],
+    });
+    if (mixed) {
+      look.yaxis = axis(colour, "Class", {
+        domain: [0, 0.61], type: "category", autorange: "reversed", showgrid: false, nticks: Math.min(figure.classes.length, 12),
+      });
+    }
+    return [data, look];
+  }
+
+  const kinds = {
+    lines, bars: (figure, against, colour) => bars(figure, colour), population: (figure, against, colour) => population(figure, colour),
+  };
+
   function draw() {
     const chosen = document.querySelector("input[name=axis]:checked");
     const against = chosen ? chosen.value : "round";
     const colour = printing ? paper() : colours();
     for (const [name, figure] of Object.entries(figures)) {
       const place = document.getElementById("figure-" + name);
-      const [data, look] = figure.kind === "lines" ? lines(figure, against, colour) : bars(figure, colour);
+      const [data, look] = kinds[figure.kind](figure, against, colour);
       if (printing) look.width = Math.min(place.clientWidth, 640);  // what fits a page, whatever the window's width
       Plotly.react(place, data, look, { displayModeBar: false, responsive: true });
     }

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from clients.errors import RunError
 from fedsim.report import figures, sections
-from fedsim.report.facts import Facts, words
+from fedsim.report.facts import ATTACK, Facts, measure, words
 from fedsim.report.markup import Html, embedded_json, raw, tag, together
 from fedsim.report.numbers import count
 from fedsim.runs.directory import REPORT, disk_full, write_whole
@@ -67,12 +67,20 @@ def _label(runs: Sequence[Facts]) -> None:
 def _page_of_one(facts: Facts) -> str:
     drawn = figures.curves([facts])
     distribution, participation = figures.client_distribution(facts), figures.participation(facts)
+    population = figures.population(facts)
     body = [
         sections.tiles(facts),
         sections.notes(facts),
         _learning([facts], drawn),
         _section(
-            "Clients",
+            "Clients and their examples",
+            sections.population(facts),
+            _figure("population", population, sections.population_title(facts)),
+            sections.population_note(facts),
+            sections.population_table(facts),
+        ),
+        _section(
+            "Clients over the run",
             _blocks(
                 (_figure("clients", distribution, "How their results are spread"), sections.clients(facts)),
                 (_figure("participation", participation, "How often they took part"), sections.participation(facts)),
@@ -84,7 +92,7 @@ def _page_of_one(facts: Facts) -> str:
         _section("How to reproduce it", sections.reproduction(facts)),
         _section("Versions and machine", sections.manifest(facts)),
     ]
-    more = {"clients": distribution, "participation": participation}
+    more = {"population": population, "clients": distribution, "participation": participation}
     drawn |= {name: figure for name, figure in more.items() if figure is not None}
     state = "finished" if facts.finished else f"unfinished, {facts.done} of {count(facts.planned, 'round')} done"
     return _page(facts.name, f"Federated learning run, {state}", sections.sentence(facts), body, drawn, [facts])
@@ -112,6 +120,8 @@ def _note_on_one_run_each() -> Html:
 
 def _run_among_several(facts: Facts) -> Html | None:
     inside = [
+        ("Clients and their examples", sections.population(facts)),
+        (None, sections.population_table(facts)),
         ("Clients", sections.clients(facts)),
         ("Participation", sections.participation(facts)),
         ("Events", sections.events(facts)),
@@ -120,7 +130,7 @@ def _run_among_several(facts: Facts) -> Html | None:
         ("How to reproduce it", sections.reproduction(facts)),
         ("Versions and machine", sections.manifest(facts)),
     ]
-    content = [together(tag("h3", title), part) for title, part in inside if part is not None]
+    content = [together(tag("h3", title) if title else None, part) for title, part in inside if part is not None]
     head = tag("p", sections.sentence(facts))
     return _section(facts.label, head, tag("details", tag("summary", "Everything about this run"), *content))
 
@@ -128,10 +138,8 @@ def _run_among_several(facts: Facts) -> Html | None:
 def _learning(runs: Sequence[Facts], drawn: dict[str, figures.Figure]) -> Html | None:
     if not drawn:
         return None
-    shown = [
-        _figure(name, figure, f"{words(runs[0].primary) if name == 'metric' else 'loss'} over the run".capitalize())
-        for name, figure in drawn.items()
-    ]
+    titles = {"metric": words(runs[0].primary), "attack": measure(ATTACK, "accuracy"), "loss": "loss"}
+    shown = [_figure(name, figure, f"{titles[name]} over the run".capitalize()) for name, figure in drawn.items()]
     tables = [sections.evaluations(facts) for facts in runs]
     return _section("Learning curves", _axis_choice(runs), tag("div", *shown, class_="figures"), *tables)
 
@@ -153,7 +161,8 @@ def _figure(name: str, figure: figures.Figure | None, title: str) -> Html | None
     if figure is None:
         return None
     label = f"{title}; the same numbers follow as text"
-    place = tag("div", id=f"figure-{name}", class_="plot", role="img", aria_label=label)
+    tall = " tall" if figure.get("classes") else ""
+    place = tag("div", id=f"figure-{name}", class_=f"plot{tall}", role="img", aria_label=label)
     return tag("figure", tag("figcaption", title), place)
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedsim.report import numbers as n
 from fedsim.report.elements import Column, Row, code, details, pairs, table
-from fedsim.report.facts import Facts, flattened, words
+from fedsim.report.facts import ATTACK, Facts, flattened, measure, words
+from fedsim.report.figures import MOST_CLASSES
 from fedsim.report.markup import Html, tag, together
 
 #: Rows of a long table that stand open at either end, and rows that a page holds at all.
 _ENDS = 5
 _MOST_ROWS = 1000
 _MOST_EVENTS = 200
+
+#: Classes that have a column each in the table of clients; more stand in one column, the largest ones only.
+_CLASS_COLUMNS = 12
 
 
 def sentence(facts: Facts) -> str:
@@ -50,11 +54,14 @@ def tiles(facts: Facts) -> Html:
     shown = [_tile(f"{words(facts.split)} {words(facts.primary)}", value, _spread(facts))]
     if facts.primary != "loss":
         shown.append(_tile(f"{words(facts.split)} loss", n.metric("loss", facts.last("loss"))))
+    if facts.attacked:
+        success = n.metric("accuracy", facts.last("accuracy", ATTACK))
+        shown.append(_tile(measure(ATTACK, "accuracy"), success, _spread(facts, ATTACK)))
     of = "" if facts.done == facts.planned else f" of {facts.planned:,}"
     clients = f"{n.short(facts.cohort)} of {facts.population:,} clients each" if facts.population else None
     shown.append(_tile("rounds", f"{facts.done:,}{of}", clients))
     up, down = facts.total("bytes_up"), facts.total("bytes_down")
-    shown.append(_tile("sent", n.size(up + down), f"{n.size(up)} up, {n.size(down)} down"))
+    shown.append(_tile("sent", n.size(up + down), f"{n.size(up)} up, {n.size(down)} down", _share_of_model(facts)))
     if facts.epsilon is not None:
         shown.append(_tile("epsilon spent", n.short(facts.epsilon), "covers the released weights only"))
     trained = facts.total("train_seconds")
@@ -71,7 +78,8 @@ def notes(facts: Facts) -> Html | None:
 
 def evaluations(facts: Facts) -> Html | None:
     """The learning curves as a table, their text alternative."""
-    rows = [row for row in facts.rounds if any(row.get(f"{split}_loss") is not None for split in facts.splits)]
+    judged = [*(f"{split}_loss" for split in facts.splits), f"{ATTACK}_accuracy"]
+    rows = [row for row in facts.rounds if any(row.get(key) is not None for key in judged)]
     if not rows:
         return None
     kept = [rows[i] for i in n.thinned(len(rows), 100)]
@@ -80,10 +88,99 @@ def evaluations(facts: Facts) -> Html | None:
     for split in facts.splits:
         for name in names:
             columns.append(_metric_column(f"{words(split)} {words(name)}".capitalize(), name, f"{split}_{name}"))
+    if facts.attacked:
+        columns.append(_metric_column("Attack success", "accuracy", f"{ATTACK}_accuracy"))
     columns += [_SENT, Column("Time so far", lambda row: n.duration(row["seconds_total"]))]
     some = "" if len(kept) == len(rows) else f" ({len(kept)} of {len(rows)})"
     shown = table(f"Evaluations of {facts.label}{some}", columns, kept)
     return details(f"The curves of {facts.label} as a table", shown)
+
+
+def population(facts: Facts) -> Html | None:
+    """Who holds what, in words."""
+    found = facts.run.census
+    if found is None:
+        return None
+    sizes = found["sizes"]
+    if found["clients"] == 1:
+        each = ""
+    elif sizes["min"] == sizes["max"]:
+        each = f", {sizes['min']:,} each"
+    else:
+        each = (
+            f", {n.short(sizes['mean'])} each on average, from {sizes['min']:,} to {sizes['max']:,}; the middle half "
+            f"of them has {sizes['q1']:,} to {sizes['q3']:,}, the median is {sizes['median']:,}"
+        )
+    clients = n.count(found["clients"], "client")
+    held = "holds" if found["clients"] == 1 else "hold"
+    said = [f"{clients} {held} {n.count(found['examples'], 'training example')}{each}."]
+    if found["partition"]:
+        said.append(f"They are dealt by {found['partition']}.")
+    if found["labels"] and found["labels"]["clients"] > 1:
+        said.append(_label_skew(found))
+    own = [f"{found[split]:,} for {use}" for split, use in _OWN_USES.items() if found.get(split)]
+    if own:
+        said.append(f"Clients keep {' and '.join(own)} besides.")
+    server = [f"{n.count(count, f'{split} example')}" for split, count in found["server"].items() if split != ATTACK]
+    said.append(f"The server holds {_listed(server)}." if server else "The server holds no examples.")
+    if found["empty"]:
+        said.append(f"{n.count(found['empty'], 'client has', 'clients have')} nothing to train on.")
+    if found["held_out"]:
+        said.append(f"{n.count(found['held_out'], 'client is', 'clients are')} held out and never trained on.")
+    for kind, count in found["attacks"].items():
+        said.append(f"{n.count(count, 'client attacks', 'clients attack')}: {words(kind)}.")
+    return tag("p", " ".join(said))
+
+
+def population_title(facts: Facts) -> str:
+    """What the picture of the clients shows."""
+    labelled = (facts.run.census or {}).get("labels") is not None
+    return "How many examples each client has" + (", and of which classes" if labelled else "")
+
+
+def population_note(facts: Facts) -> Html | None:
+    """How to read the picture."""
+    found, shown = facts.run.census, facts.shown_clients
+    if found is None or not shown:
+        return None
+    said = []
+    if len(shown) < found["clients"]:
+        said.append(
+            f"Shown are {len(shown)} of {found['clients']:,} clients, evenly chosen by size, the largest and the "
+            "smallest among them."
+        )
+    if found["labels"]:
+        said.append(
+            "The bars are training examples; below each, the stronger the colour of a class, the larger its share of "
+            "that client's."
+        )
+        if found["classes"] > MOST_CLASSES:
+            said.append(f"Of {found['classes']:,} classes, the {MOST_CLASSES} most frequent are shown.")
+    return tag("p", " ".join(said), class_="note") if said else None
+
+
+def population_table(facts: Facts) -> Html | None:
+    """The picture of the clients as a table, its text alternative."""
+    found, shown = facts.run.census, facts.shown_clients
+    if found is None or not shown:
+        return None
+    columns = [Column("Client", lambda row: row["client"])]
+    for split, title in (("train", "Training"), ("validation", "Validation"), ("test", "Test")):
+        if any(row[split] is not None for row in shown):
+            columns.append(Column(title, _counted(split)))
+    if any(row["held_out"] for row in shown):
+        columns.append(Column("Held out", lambda row: "yes" if row["held_out"] else "", number=False))
+    if any(row["attack"] is not None for row in shown):
+        columns.append(Column("Attack", lambda row: words(row["attack"] or ""), number=False))
+    classes = max((len(row["labels"] or ()) for row in shown), default=0)
+    if classes > _CLASS_COLUMNS:
+        columns.append(Column("Classes", lambda row: sum(count > 0 for count in row["labels"])))
+        columns.append(Column("Training examples by class (class: examples)", _largest_classes, number=False))
+    else:
+        columns += [Column(f"Class {label}", _of_class(label)) for label in range(classes)]
+    some = "" if len(shown) == found["clients"] else f" ({len(shown)} of {found['clients']:,})"
+    label = f"Clients of {facts.label} and their examples{some}"
+    return details("The clients as a table", table(label, columns, shown, class_="dense"))
 
 
 def clients(facts: Facts) -> Html | None:
@@ -146,6 +243,29 @@ def events(facts: Facts) -> Html:
 
 def ledger(facts: Facts) -> Html:
     """The ledger: bytes, epsilon and seconds of every round."""
+    return together(_not_sent(facts), _ledger_tables(facts))
+
+
+def _not_sent(facts: Facts) -> Html | None:
+    """Which part of the model is sent and which is not, in words."""
+    if facts.sent_share is None:
+        return None
+    found = facts.parameters
+    why = []
+    if found["frozen"]:
+        why.append(f"{found['frozen']:,} {'is' if found['frozen'] == 1 else 'are'} frozen")
+    if found["personal"]:
+        why.append(f"{found['personal']:,} {'stays' if found['personal'] == 1 else 'stay'} with the clients")
+    saved = facts.total("bytes_saved")
+    not_sent = f"; {n.size(saved)} were not sent" if saved else ""
+    return tag(
+        "p",
+        f"Clients send {found['sent']:,} of {sum(found.values()):,} parameters ({n.share(facts.sent_share)}): "
+        f"{' and '.join(why)}{not_sent}.",
+    )
+
+
+def _ledger_tables(facts: Facts) -> Html:
     rows = facts.rounds
     columns = _ledger_columns(facts)
     if len(rows) <= 2 * _ENDS + 2:
@@ -216,6 +336,9 @@ def overview(runs: Sequence[Facts]) -> Html:
     ]
     if any(facts.interval for facts in runs):
         columns.append(Column("95 % interval", lambda row: _interval(row["facts"]) or n.NONE))
+    if any(facts.attacked for facts in runs):
+        success = Column("Attack success", lambda row: n.metric("accuracy", row["facts"].last("accuracy", ATTACK)))
+        columns.append(success)
     columns += [
         Column("Loss", lambda row: n.metric("loss", row["facts"].last("loss"))),
         Column("Examples", lambda row: n.NONE if row["facts"].examples is None else f"{row['facts'].examples:,}"),
@@ -241,20 +364,60 @@ def differences(runs: Sequence[Facts]) -> Html:
     return table("Settings in which the runs are not the same", columns, rows)
 
 
-def _spread(facts: Facts) -> str | None:
-    if facts.examples is None:
+def _spread(facts: Facts, split: str | None = None) -> str | None:
+    examples = facts.last("examples", split)
+    if examples is None:
         return None
-    within = _interval(facts)
-    return f"95 % interval {within}, n = {facts.examples:,}" if within else f"n = {facts.examples:,}"
+    found = facts.attack_interval if split == ATTACK else facts.interval
+    return f"95 % interval {n.interval(*found)}, n = {int(examples):,}" if found else f"n = {int(examples):,}"
 
 
 def _interval(facts: Facts) -> str | None:
     return n.interval(*facts.interval) if facts.interval else None
 
 
-def _tile(label: str, value: str, note: str | None = None) -> Html:
-    below = tag("dd", note) if note else None
-    return tag("div", tag("dt", label.capitalize()), tag("dd", value, class_="value"), below)
+def _share_of_model(facts: Facts) -> str | None:
+    if facts.sent_share is None:
+        return None
+    whole = n.millions(sum(facts.parameters.values()))
+    return f"{n.share(facts.sent_share)} of the model's {whole} parameters"
+
+
+def _label_skew(found: Mapping[str, Any]) -> str:
+    """How far the clients' label mixes differ."""
+    skew = found["labels"]
+    whole = skew["clients"] == found["clients"] - found["empty"]
+    of = "" if whole else f" ({skew['clients']:,} clients were looked at)"
+    return (
+        f"A client has {n.short(round(skew['mean_classes'], 1))} of the {found['classes']:,} classes on average, and "
+        f"its label mix is {skew['distance']:.2f} away from that of all{of}: total variation distance, 0 for the same "
+        "mix, 1 for no class in common."
+    )
+
+
+def _listed(items: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(items[:-1]), items[-1])))
+
+
+def _counted(split: str) -> Callable[[Row], str]:
+    return lambda row: n.NONE if row[split] is None else f"{row[split]:,}"
+
+
+def _of_class(label: int) -> Callable[[Row], str]:
+    return lambda row: n.NONE if row["labels"] is None else f"{row['labels'][label]:,}"
+
+
+def _largest_classes(row: Row) -> str:
+    """``class 3: 40, class 17: 2``, the largest first."""
+    held = sorted((-count, label) for label, count in enumerate(row["labels"] or ()) if count)
+    shown = ", ".join(f"{label}: {-count:,}" for count, label in held[:_CLASS_COLUMNS])
+    left = len(held) - _CLASS_COLUMNS
+    return f"{shown}, and {n.count(left, 'class', 'classes')} more" if left > 0 else shown
+
+
+def _tile(label: str, value: str, *notes: str | None) -> Html:
+    below = [tag("dd", note) for note in notes if note]
+    return tag("div", tag("dt", label.capitalize()), tag("dd", value, class_="value"), *below)
 
 
 def _ledger_columns(facts: Facts) -> list[Column]:
@@ -268,6 +431,8 @@ def _ledger_columns(facts: Facts) -> list[Column]:
         Column("Bytes down", lambda row: n.size(row["bytes_down"])),
         _SENT,
     ]
+    if any(row["bytes_saved"] for row in facts.rounds):
+        columns.append(Column("Not sent", lambda row: n.size(row["bytes_saved"])))
     if facts.epsilon is not None:
         columns.append(Column("Epsilon", lambda row: n.short(row["epsilon"])))
     if any(row["simulated_seconds"] is not None for row in facts.rounds):
@@ -275,6 +440,7 @@ def _ledger_columns(facts: Facts) -> list[Column]:
     return [*columns, Column("Time", lambda row: n.duration(row["seconds"]))]
 
 
+_OWN_USES = {"validation": "validation", "test": "testing"}
 _ROUND = Column("Round", lambda row: f"{row['round']:,}" if row["round"] >= 0 else n.NONE)
 _SENT = Column("Sent so far", lambda row: n.size(row["bytes_up_total"] + row["bytes_down_total"]))
 

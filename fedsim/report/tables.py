@@ -21,6 +21,7 @@ _SCALARS = {
     "train_loss": "train/loss",
     "bytes_up_total": "ledger/bytes_up_total",
     "bytes_down_total": "ledger/bytes_down_total",
+    "bytes_saved_total": "ledger/bytes_saved_total",
     "epsilon": "ledger/epsilon",
     "simulated_seconds": "ledger/simulated_seconds",
     "seconds": "ledger/seconds",
@@ -34,8 +35,8 @@ def export(directory: Path | str, format: str, out: Path | str | None = None) ->
 
     Args:
         directory: the run's directory.
-        format: ``parquet`` or ``csv`` (rounds, ledger, clients, client_metrics, metrics, events and chunks), or
-            ``tensorboard`` (scalars of every round).
+        format: ``parquet`` or ``csv`` (rounds, ledger, population, clients, client_metrics, metrics, events and
+            chunks), or ``tensorboard`` (scalars of every round).
         out: the folder for them; left out, ``export`` in the run's directory.
 
     Returns:
@@ -61,16 +62,26 @@ def _tables(run: Run, folder: Path, format: str) -> list[Path]:
     files = []
     for name, frame in _frames(run).items():
         path = folder / f"{name}.{format}"
+        frame = frame.apply(_of_one_kind)
         write: Callable[..., object] = frame.to_parquet if format == "parquet" else frame.to_csv
         write(path, index=False)
         files.append(path)
     return files
 
 
+def _of_one_kind(column: pd.Series) -> pd.Series:
+    """As text where a rule reported values of several kinds under one name, words beside numbers."""
+    known = column.dropna()
+    if column.dtype != object or known.map(lambda value: isinstance(value, str)).nunique() < 2:
+        return column
+    return column.where(column.isna(), known.map(str))
+
+
 def _frames(run: Run) -> dict[str, pd.DataFrame]:
     return {
         "rounds": run.history,
         "ledger": run.ledger,
+        "population": run.population,
         "clients": run.clients,
         "client_metrics": run.client_metrics,
         "metrics": run.metrics,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,24 @@ from typing import Any
 from clients.errors import RequestError, RunError
 from fedsim.runs.directory import DATABASE, disk_full, holds_run, no_run
 
-SCHEMA = 1
+SCHEMA = 2
+
+#: What :func:`create` does, in words.
+CREATING = "creating run.db"
 
 #: Tables whose rows belong to a round, and go with it when a resume has to fall back behind it.
 ROUND_TABLES = ("rounds", "clients", "chunks", "metrics", "client_metrics", "client_state")
 
 _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE population (
+    client INTEGER PRIMARY KEY, train INTEGER NOT NULL, validation INTEGER, test INTEGER,
+    held_out INTEGER NOT NULL, attack TEXT, labels TEXT
+);
 CREATE TABLE rounds (
     round INTEGER PRIMARY KEY, cohort INTEGER NOT NULL, completed INTEGER NOT NULL,
-    bytes_up INTEGER NOT NULL, bytes_down INTEGER NOT NULL, epsilon REAL, simulated_seconds REAL,
-    seconds REAL NOT NULL, train_seconds REAL NOT NULL,
+    bytes_up INTEGER NOT NULL, bytes_down INTEGER NOT NULL, bytes_saved INTEGER NOT NULL DEFAULT 0,
+    epsilon REAL, simulated_seconds REAL, seconds REAL NOT NULL, train_seconds REAL NOT NULL,
     checkpoint TEXT, checkpoint_sha256 TEXT NOT NULL, committed_at REAL NOT NULL, pid INTEGER NOT NULL
 );
 CREATE INDEX rounds_kept ON rounds (round) WHERE checkpoint NOTNULL;
@@ -57,18 +64,19 @@ CREATE INDEX client_state_rounds ON client_state (round);
 """
 
 
-def create(directory: Path, meta: dict[str, str]) -> None:
-    """Makes ``run.db`` with its tables and ``meta``; it has its name only once it is whole."""
+def create(directory: Path, meta: dict[str, str], population: Iterable[tuple] = ()) -> None:
+    """Makes ``run.db`` with its tables, ``meta`` and rows of ``population``; it has its name only once it is whole."""
     temporary = directory / (DATABASE + ".writing")
     for leftover in (temporary, Path(f"{temporary}-journal"), Path(f"{temporary}-wal")):
         leftover.unlink(missing_ok=True)
-    with failing(directory, "creating run.db"):
+    with failing(directory, CREATING):
         database = sqlite3.connect(temporary, isolation_level=None)
         try:
             database.executescript(f"BEGIN; {_TABLES} COMMIT;")
             rows = [("schema", str(SCHEMA)), *meta.items()]
             database.execute("BEGIN")
             database.executemany("INSERT INTO meta VALUES (?, ?)", rows)
+            database.executemany("INSERT INTO population VALUES (?, ?, ?, ?, ?, ?, ?)", population)
             database.execute("COMMIT")
         finally:
             database.close()
@@ -79,7 +87,7 @@ def open_to_write(directory: Path) -> sqlite3.Connection:
     """Opens ``run.db`` for its one writer, replays what a killed writer left in the log, and checks it.
 
     Raises:
-        RunError: if it is damaged, missing, or of a newer fedsim.
+        RunError: if it is damaged, missing, or of another fedsim's schema.
     """
     path = directory / DATABASE
     with failing(directory, "opening"):
@@ -106,7 +114,7 @@ def open_to_read(directory: Path) -> Iterator[sqlite3.Connection]:
 
     Raises:
         RequestError: where there is no run.
-        RunError: if it is damaged, missing, or of a newer fedsim.
+        RunError: if it is damaged, missing, or of another fedsim's schema.
     """
     if not holds_run(directory):
         raise RequestError(no_run(directory))
@@ -124,7 +132,8 @@ def open_to_read(directory: Path) -> Iterator[sqlite3.Connection]:
 
 
 def read_meta(database: sqlite3.Connection, directory: Path) -> dict[str, str]:
-    """The ``meta`` table: ``schema``, ``experiment``, ``manifest``, ``layout`` and, once finished, ``summary``.
+    """The ``meta`` table: ``schema``, ``experiment``, ``manifest``, ``layout``, ``census`` where clients were
+    counted and, once finished, ``summary``.
 
     Raises:
         RunError: if what must be there is not.
@@ -138,6 +147,8 @@ def read_meta(database: sqlite3.Connection, directory: Path) -> dict[str, str]:
         raise RunError(_damaged(directory, f"schema {meta['schema']!r}"))
     if int(meta["schema"]) > SCHEMA:
         raise RunError(f"{directory / DATABASE} was written by a newer fedsim; install that version to read it")
+    if int(meta["schema"]) < SCHEMA:
+        raise RunError(f"{directory / DATABASE} was written by an older fedsim; read it with that one, or run it anew")
     return meta
 
 
@@ -184,7 +195,7 @@ def _explain(error: sqlite3.Error, directory: Path, doing: str) -> str:
     path = directory / DATABASE
     # Only errors that SQLite itself reports carry a name; sqlite3's own (a closed connection) do not.
     name = getattr(error, "sqlite_errorname", "")
-    if not path.exists():
+    if not path.exists() and doing != CREATING:
         return f"{path} is missing; put it back from a copy, or start the run anew in another directory"
     if name == "SQLITE_FULL" or name.startswith(("SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE")):
         return _full(directory, doing, str(error))

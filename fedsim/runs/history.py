@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LEDGER = (
-    "round", "cohort", "completed", "bytes_up", "bytes_down", "epsilon", "simulated_seconds", "seconds",
-    "train_seconds", "committed_at",
+    "round", "cohort", "completed", "bytes_up", "bytes_down", "bytes_saved", "epsilon", "simulated_seconds",
+    "seconds", "train_seconds", "committed_at",
 )  # fmt: skip
-_TOTALS = ("bytes_up", "bytes_down", "seconds")
+_TOTALS = ("bytes_up", "bytes_down", "bytes_saved", "seconds")
 _TRAIN_LOSS = """
 SELECT round, sum(loss * examples) / sum(examples) AS train_loss FROM clients JOIN rounds USING (round)
 WHERE loss NOTNULL GROUP BY round
@@ -48,6 +48,8 @@ class Run:
         manifest: versions, seed, machine, execution.
         summary: what the run came to, ``None`` while it is unfinished.
         layout: parameter name -> shape, in the row's order.
+        census: what was counted of the clients and their examples (:attr:`fedsim.census.Census.summary`), ``None``
+            where nothing was.
     """
 
     def __init__(self, directory: Path):
@@ -59,6 +61,7 @@ class Run:
         self.manifest: dict[str, Any] = db.from_json(meta["manifest"], directory)
         self.layout: dict[str, list[int]] = db.from_json(meta["layout"], directory)
         self.summary: dict[str, Any] | None = db.from_json(meta["summary"], directory) if "summary" in meta else None
+        self.census: dict[str, Any] | None = db.from_json(meta["census"], directory) if "census" in meta else None
 
     def __repr__(self) -> str:
         return f"Run({str(self.out)!r}, {'finished' if self.summary is not None else 'unfinished'})"
@@ -100,8 +103,25 @@ class Run:
 
     @cached_property
     def ledger(self) -> pd.DataFrame:
-        """One row a round: bytes up and down, epsilon, simulated and real seconds, cohort and completed clients."""
+        """One row a round: cohort, completed clients, bytes up, down and not sent, epsilon, real and simulated time."""
         return self.history[[*_LEDGER, *(f"{name}_total" for name in _TOTALS)]]
+
+    def holdings(self, ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """The recorded clients, or some of them, by id: rows of the table ``population``, ``labels`` as lists."""
+        chosen = "" if ids is None else f"WHERE client IN ({', '.join('?' * len(ids))})"
+        rows = self.query(f"SELECT * FROM population {chosen} ORDER BY client", ids or ())
+        for row in rows:
+            row["held_out"] = bool(row["held_out"])
+            row["labels"] = None if row["labels"] is None else db.from_json(row["labels"], self.out)
+        return rows
+
+    @cached_property
+    def population(self) -> pd.DataFrame:
+        """One row a client: its examples, whether it is held out, its attack, the counts of its training labels.
+
+        All clients up to some thousands; above that an even selection of them by size.
+        """
+        return _frame(self.holdings(), ("client", "train", "validation", "test", "held_out", "attack", "labels"))
 
     @cached_property
     def clients(self) -> pd.DataFrame:

@@ -17,13 +17,14 @@ def insert_round(database: sqlite3.Connection, record: RoundRecord, sha256: str)
     """Inserts a round and all that belongs to it, inside the caller's transaction."""
     number = int(record.round)
     database.execute(
-        "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             number,
             int(record.cohort),
             int(record.completed),
             int(record.bytes_up),
             int(record.bytes_down),
+            int(record.bytes_saved),
             _real(record.epsilon),
             _real(record.simulated_seconds),
             float(record.seconds),
@@ -53,8 +54,26 @@ def insert_round(database: sqlite3.Connection, record: RoundRecord, sha256: str)
     insert_events(database, record.events, "round")
 
 
+def population_rows(clients: Iterable[Mapping[str, Any]]) -> Iterator[tuple]:
+    """Recorded clients (:attr:`fedsim.census.Census.rows`) as rows of the table ``population``."""
+    for client in clients:
+        yield (
+            int(client["client"]),
+            int(client["train"]),
+            _whole(client["validation"]),
+            _whole(client["test"]),
+            int(client["held_out"]),
+            None if client["attack"] is None else db.text(client["attack"]),
+            None if client["labels"] is None else db.to_json(client["labels"]),
+        )
+
+
 def _client(round: int, client: Mapping[str, Any]) -> tuple:
-    info = {key: value for key, value in client.items() if key not in CLIENT_FIELDS}
+    info = {
+        key: db.text(value) if isinstance(value, str) else value
+        for key, value in client.items()
+        if key not in CLIENT_FIELDS
+    }
     return (
         round,
         int(client["client"]),

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,10 @@ from fedsim.runs.directory import (
     remove_unfinished,
     write_whole,
 )
-from fedsim.runs.rows import insert_events, insert_round
+from fedsim.runs.rows import insert_events, insert_round, population_rows
+
+if TYPE_CHECKING:
+    from fedsim.census import Census
 
 _KEPT = 2
 
@@ -69,6 +72,7 @@ class RunStore:
         experiment_toml: str,
         manifest: Mapping[str, Any],
         layout: Mapping[str, Sequence[int]] | None = None,
+        census: Census | None = None,
     ) -> RunStore:
         """Makes a new run in ``directory``, which is made where it does not exist.
 
@@ -77,6 +81,7 @@ class RunStore:
             experiment_toml: the resolved experiment.
             manifest: versions, seed, machine, execution: plain values.
             layout: parameter name -> shape in the row's order (``Layout.shapes``), for reading weights by name.
+            census: who holds what; recorded here, in the step that makes the run, and never again.
 
         Raises:
             RequestError: if the directory cannot be made, holds a run or such files, or another process uses it.
@@ -95,7 +100,9 @@ class RunStore:
                 "manifest": db.to_json(manifest, indent=2),
                 "layout": db.to_json({name: list(shape) for name, shape in (layout or {}).items()}),
             }
-            db.create(path, meta)
+            if census is not None:
+                meta["census"] = db.to_json(census.summary)
+            db.create(path, meta, population_rows(census.rows if census is not None else ()))
             return cls._opened(path, lock)
         except BaseException:
             lock.release()
@@ -161,6 +168,12 @@ class RunStore:
     def manifest(self) -> dict[str, Any]:
         """The manifest as it was given to :meth:`create`."""
         return db.from_json(self._meta["manifest"], self.directory)
+
+    @property
+    def census(self) -> dict[str, Any] | None:
+        """What was counted of the clients and their examples; ``None`` where nothing was."""
+        text = self._meta.get("census")
+        return None if text is None else db.from_json(text, self.directory)
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -257,17 +270,19 @@ class RunStore:
             database.execute("INSERT OR REPLACE INTO meta VALUES ('summary', ?)", (db.to_json(summary),))
 
     def totals(self) -> dict[str, Any]:
-        """Sums of ``bytes_up``, ``bytes_down`` and ``seconds`` so far, ``epsilon`` spent, and how many ``events``."""
+        """Sums of ``bytes_up``, ``bytes_down``, ``bytes_saved`` and ``seconds``; ``epsilon``; how many ``events``."""
         with db.failing(self.directory, "reading"):
             row = self._database.execute(
-                "SELECT total(bytes_up), total(bytes_down), total(seconds), max(epsilon) FROM rounds"
+                "SELECT total(bytes_up), total(bytes_down), total(bytes_saved), total(seconds), max(epsilon)"
+                " FROM rounds"
             ).fetchone()
             events = self._database.execute("SELECT count(*) FROM events").fetchone()[0]
         return {
             "bytes_up": int(row[0]),
             "bytes_down": int(row[1]),
-            "seconds": row[2],
-            "epsilon": row[3],
+            "bytes_saved": int(row[2]),
+            "seconds": row[3],
+            "epsilon": row[4],
             "events": events,
         }
 

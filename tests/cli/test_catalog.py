@@ -237,7 +237,8 @@ def test_every_shipped_thing_can_be_imported() -> None:
     for kind in declared():
         for entry in catalog.entries(kind):
             assert catalog.load(Part(entry.name), kind).__name__ == entry.attribute
-            assert entry.summary, f"{entry.name} has no docstring"
+            own = entry.module.startswith(("clients.", "strategies.", "fedsim."))
+            assert entry.summary or not own, f"{entry.name} has no docstring"
 
 
 def test_calls_are_parts() -> None:

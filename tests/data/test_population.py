@@ -211,6 +211,68 @@ def test_csr_gives_views() -> None:
     assert [kept.of(client).tolist() for client in range(3)] == [[4], [], [1, 3]]
 
 
+def broken(values: torch.Tensor, place: tuple[int, ...], value: float) -> torch.Tensor:
+    values = values.clone()
+    values[place] = value
+    return values
+
+
+good = {"x": torch.zeros(90, 2, dtype=torch.float64), "y": torch.arange(90) % 3}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"train": {**good, "x": broken(good["x"], (17, 1), torch.nan)}}, r"train\.x: nan at \[17, 1\]; every number"),
+        ({"train": {**good, "x": broken(good["x"], (0, 0), -torch.inf).half()}}, r"train\.x: -inf at \[0, 0\]"),
+        ({"train": good, "test": {**good, "x": broken(good["x"], (89, 0), torch.inf)}}, r"test\.x: inf at \[89, 0\]"),
+        ({"train": {**good, "y": torch.full((90,), torch.nan)}}, r"train\.y: nan at \[0\]"),
+        ({"train": {**good, "y": good["y"] - 1}}, r"train\.y: class -1 at \[0\]; classes count from 0"),
+        ({"train": good, "root": {**good, "y": broken(good["y"], (5,), -9)}}, r"root\.y: class -9 at \[5\]"),
+        ({"train": good, "classes": 2}, r"train\.y: class 2 at \[2\]; the source says that there are 2 classes"),
+        ({"train": good, "test": {**good, "y": good["y"] + 1}, "classes": 3}, r"test\.y: class 3 at \[2\]"),
+        (
+            {
+                "train": {**good, "y": good["x"].long()},
+                "test": {**good, "y": broken(good["x"].long(), (4, 1), 5)},
+                "classes": 5,
+            },
+            r"test\.y: class 5 at \[4, 1\]",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_used_are_named_by_their_place(given: dict[str, Any], said: str) -> None:
+    settings = DataSettings(partition=Part("iid"), clients=3, proxy=5)
+    with pytest.raises(RequestError, match=rf"data\.source\.{said}") as caught:
+        build(Source(**given), settings, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_are_those_that_the_source_says() -> None:
+    settings = DataSettings(partition=Part("iid"), clients=3, proxy=5)
+    assert build(Source(train=good, classes=7), settings, 0).classes == 7
+    ignored = {"x": good["x"], "y": torch.tensor([[0, -100]]).expand(90, 2)}  # a mark of what does not count
+    assert build(Source(train=ignored), settings, 0).classes == 1
+    real = Source(train={"x": good["x"], "y": good["x"][:, 0]}, classes=7)
+    assert build(real, settings, 0).classes is None
+
+
+def test_labels_of_a_data_set_are_not_read_where_classes_are_named_and_nobody_deals_by_them() -> None:
+    read = []
+
+    class Counted(Pairs):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            read.append(index)
+            return super().__getitem__(index) | {"mask": torch.tensor(index % 5)}
+
+    settings = DataSettings(partition=Part("iid"), clients=3, proxy=5)
+    population = build(Source(train=Counted(), label="mask", classes=5), settings, 0)
+    assert population.classes == 5
+    assert set(read) == {0}
+    assert population.label_table("train", np.arange(3)) is None
+    assert build(Source(train=Counted(), label="mask"), settings, 0).classes == 5
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -128,6 +128,9 @@ x, y = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
         ({"train": {"x": x}, "clients": [0, 1]}, r"data\.source\.clients: int64 \[2\] given.*4 training examples"),
         ({"train": {"x": x}, "clients": np.zeros(4)}, r"data\.source\.clients: float64"),
         ({"train": {"x": x}, "input_range": (1, 0)}, r"data\.source\.input_range"),
+        ({"train": {"x": x}, "classes": 0}, r"data\.source\.classes: 0 given"),
+        ({"train": None}, r"data\.source\.train: None given"),
+        ({"train": {"x": torch.tensor(1)}}, r"data\.source\.train\.x: a single number"),
     ],
 )
 def test_a_source_that_does_not_fit_is_refused_in_one_line(given: dict[str, Any], said: str) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from clients import catalog
 from clients.errors import RequestError
 from clients.parts import Part
-from fedsim.data import Source, arrays, digits, synthetic
+from fedsim.data import Source, arrays, build, digits, synthetic
 from fedsim.experiment import DataSettings
 
 
@@ -102,8 +103,9 @@ def test_arrays_come_in_the_types_that_training_takes(tmp_path: Path) -> None:
 
 def test_bytes_are_pixels_tokens_stay_whole_and_targets_may_be_real(tmp_path: Path) -> None:
     pixels = arrays(written(tmp_path, x=np.full((3, 1, 2, 2), 255, dtype=np.uint8), y=y[:3]))
-    assert pixels.train["x"].dtype == np.float32
-    assert pixels.train["x"].max() == 1
+    assert pixels.train["x"].dtype == np.uint8  # in memory
+    taken = pixels.columns("train").take(torch.arange(3))["x"]
+    assert (taken.dtype, taken.min(), taken.max()) == (torch.float32, 1, 1)
     assert pixels.input_range == (0, 1)
     tokens = arrays(written(tmp_path, x=np.ones((3, 5), dtype=np.uint16), y=np.full((3, 5), -100)))
     assert tokens.train["x"].dtype == np.int64
@@ -130,6 +132,12 @@ def test_a_relative_path_starts_from_the_experiment_file(tmp_path: Path) -> None
         ({"x": np.where(x == x[4, 1], -np.inf, x), "y": y}, r"x of .* has -inf at \[4, 1\]"),
         ({"x": x, "y": y - 1}, r"y of .* has the class -1 at \[0\]"),
         ({"x": x, "y": y.astype(str)}, "y of .* is of <U"),
+        ({"x": x[:0], "y": y[:0]}, "x of .* is empty"),
+        ({"x": np.array(3), "y": y}, "x of .* is a single number"),
+        (
+            {"x": x, "y": y, "x_test": np.zeros((2, 2), dtype=np.uint8), "y_test": y[:2]},
+            r"test\.x: uint8 given, and train",
+        ),
         ({"x": x, "y": y[:5]}, r"columns differ in length \(x 6, y 5\)"),
         ({"x": x, "y": y, "clients": y[:5]}, r"clients: int32 \[5\] given"),
     ],
@@ -139,11 +147,17 @@ def test_arrays_that_cannot_be_used_are_refused(tmp_path: Path, columns: dict[st
         arrays(written(tmp_path, **columns))
 
 
+def test_nobody_looks_where_nobody_should(tmp_path: Path) -> None:
+    source = arrays(written(tmp_path, x=np.where(x == x[4, 1], np.nan, x), y=y), scan=False)
+    population = build(source, DataSettings(partition=Part("iid"), clients=2, proxy=0), 0)
+    assert population.columns.column("x").isnan().sum() == 1
+
+
 def test_what_is_no_npz_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"data\.source\.path: there is no file .*none\.npz"):
         arrays(tmp_path / "none.npz")
-    with pytest.raises(RequestError, match=r"is not an \.npz file"):
-        arrays(tmp_path)
+    with pytest.raises(RequestError, match=r"has no array 'x'; it has none"):
+        arrays(tmp_path)  # a folder without .npy files
     (tmp_path / "text.npz").write_text("not arrays")
     with pytest.raises(RequestError, match=r"is not an \.npz file"):
         arrays(tmp_path / "text.npz")

@@ -57,6 +57,39 @@ def test_metrics(name: str, value: float | None, shown: str) -> None:
     assert n.metric(name, value).replace("\u00a0", " ") == shown
 
 
+@pytest.mark.parametrize(
+    ("part", "shown"),
+    [
+        (0.0, "0.00 %"),
+        (1e-6, "under 0.01 %"),
+        (5130 / 11_173_962, "0.05 %"),
+        (0.0046, "0.46 %"),
+        (0.0123, "1.2 %"),
+        (0.456, "46 %"),
+        (0.999, "over 99 %"),
+        (1.0, "100 %"),
+    ],
+)
+def test_shares(part: float, shown: str) -> None:
+    assert n.share(part).replace("\u00a0", " ") == shown
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        (85, "85"),
+        (5130, "5,130"),
+        (10_000, "10.0 k"),
+        (81_734, "81.7 k"),
+        (999_700, "1.00 M"),
+        (11_173_962, "11.2 M"),
+        (7.24e9, "7.24 G"),
+    ],
+)
+def test_large_counts(number: int, shown: str) -> None:
+    assert n.millions(number).replace("\u00a0", " ") == shown
+
+
 def test_the_wilson_interval_is_that_of_scipy() -> None:
     from scipy.stats import binomtest
 

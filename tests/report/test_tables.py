@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from clients.errors import RequestError, RunError
+from fedsim.census import census
 from fedsim.report import export
-from fedsim.runs import load
-from tests.runs.making import create
+from fedsim.runs import RunStore, load
+from tests.runs.holding import Holding, skewed
+from tests.runs.making import EXPERIMENT, LAYOUT, MANIFEST, create, record, row
 
 
 @pytest.fixture
@@ -25,13 +28,41 @@ def test_tables(run: Path, format: str, tmp_path: Path) -> None:
     for out in (None, tmp_path / "elsewhere"):
         files = export(run, format, out)
         assert [file.parent for file in files] == [out or run / "export"] * len(files)
-        names = {"rounds", "ledger", "clients", "client_metrics", "metrics", "events", "chunks"}
+        names = {"rounds", "ledger", "population", "clients", "client_metrics", "metrics", "events", "chunks"}
         assert {file.stem for file in files} == names
         assert all(file.exists() for file in files)
     read = pd.read_parquet if format == "parquet" else pd.read_csv
     history = load(run).history
     pd.testing.assert_frame_equal(read(run / "export" / f"rounds.{format}"), history, check_dtype=format == "parquet")
     assert read(run / "export" / f"clients.{format}")["client"].tolist() == [0, 2, 0, 3, 0, 4]
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv"])
+def test_who_holds_what(format: str, tmp_path: Path) -> None:
+    counts = skewed(20, 3)
+    found = census(Holding(counts), attacks={2: "label_flip"})  # type: ignore[arg-type]
+    with RunStore.create(tmp_path / "run", EXPERIMENT, MANIFEST, LAYOUT, found):
+        pass
+    export(tmp_path / "run", format)
+    read = pd.read_parquet if format == "parquet" else pd.read_csv
+    table = read(tmp_path / "run" / "export" / f"population.{format}")
+    assert table["train"].tolist() == counts.sum(1).tolist()
+    labels = [list(text) if format == "parquet" else json.loads(text) for text in table["labels"]]
+    assert labels == counts.tolist()
+    assert table["attack"].dropna().to_dict() == {2: "label_flip"}
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv"])
+def test_words_beside_numbers_are_exported_as_text(format: str, tmp_path: Path) -> None:
+    clients = [{"client": 0, "attack": "label_flip", "mixed": 0.5}, {"client": 1, "mixed": "none"}, {"client": 2}]
+    with create(tmp_path / "run") as store:
+        store.commit(record(1, clients=clients), {"row": row(1)})
+    export(tmp_path / "run", format)
+    read = pd.read_parquet if format == "parquet" else pd.read_csv
+    table = read(tmp_path / "run" / "export" / f"clients.{format}")
+    assert table["attack"].tolist()[0] == "label_flip"
+    assert table["mixed"].tolist()[:2] == ["0.5", "none"]
+    assert table["mixed"].isna().tolist() == [False, False, True]
 
 
 def test_tensorboard(run: Path) -> None:
@@ -49,7 +80,7 @@ def test_a_run_without_rounds(tmp_path: Path) -> None:
     with create(tmp_path / "run"):
         pass
     for format in ("parquet", "csv"):
-        assert len(export(tmp_path / "run", format)) == 7
+        assert len(export(tmp_path / "run", format)) == 8
 
 
 def test_refusals(run: Path, tmp_path: Path) -> None:

@@ -33,6 +33,17 @@ def test_the_history_has_the_ledger_its_totals_and_the_metrics(tmp_path: Path) -
     assert history["epsilon"].dtype == "float64"
 
 
+def test_what_was_not_sent_stands_in_the_ledger(tmp_path: Path) -> None:
+    with create(tmp_path / "run") as store:
+        store.commit(record(1, bytes_saved=1000), {"row": row(1)})
+        store.commit(record(2, bytes_saved=3 * 10**9), {"row": row(2)})
+        store.commit(record(3), {"row": row(3)})
+        assert store.totals()["bytes_saved"] == 3 * 10**9 + 1000
+    run = load(tmp_path / "run")
+    assert run.ledger["bytes_saved"].tolist() == [1000, 3 * 10**9, 0]
+    assert run.history["bytes_saved_total"].tolist() == [1000, 3 * 10**9 + 1000, 3 * 10**9 + 1000]
+
+
 def test_the_training_loss_weighs_by_examples(tmp_path: Path) -> None:
     clients = [{"client": 0, "examples": 30, "loss": 1.0}, {"client": 1, "examples": 10, "loss": 5.0}]
     with create(tmp_path / "run") as store:
@@ -42,19 +53,21 @@ def test_the_training_loss_weighs_by_examples(tmp_path: Path) -> None:
 
 def test_every_table_is_a_frame(tmp_path: Path) -> None:
     evaluated = [{"client": 4, "split": "client_test", "examples": 3, "accuracy": 0.5, "loss": 1.0}]
-    clients = [{"client": 4, "examples": 5, "loss": 1.0, "trust": 0.25, "votes": [1, 2]}]
+    clients = [{"client": 4, "examples": 5, "loss": 1.0, "trust": 0.25, "votes": [1, 2], "attack": "label_flip"}]
     with create(tmp_path / "run") as store:
         store.commit(record(1, clients=clients, client_metrics=evaluated), {"row": row(1)})
         commit(store, 2)
         store.finish({"metric": 0.6, "where": tmp_path})
     run = load(tmp_path / "run")
-    assert run.clients.loc[0, ["trust", "votes"]].tolist() == [0.25, [1, 2]]
+    assert run.clients.loc[0, ["trust", "votes", "attack"]].tolist() == [0.25, [1, 2], "label_flip"]
     assert len(run.clients) == 3
+    assert run.clients["attack"].isna().tolist() == [False, True, True]
     assert run.client_metrics.to_dict("records") == [{"round": 1, **evaluated[0]}]
     assert set(run.metrics["name"]) == {"accuracy", "loss", "examples"}
     assert run.events["kind"].tolist() == ["client_failed"]
     assert run.chunks["pid"].tolist() == [42, 42]
     assert run.ledger.columns.tolist()[:5] == ["round", "cohort", "completed", "bytes_up", "bytes_down"]
+    assert "bytes_saved" in run.ledger
     assert run.summary == {"metric": 0.6, "where": str(tmp_path)}
     assert run.experiment["data"]["clients"] == 20
     assert repr(run) == f"Run({str(tmp_path / 'run')!r}, finished)"

@@ -284,6 +284,15 @@ def test_bytes_changed_anywhere_in_the_database_never_give_a_traceback(run: Path
     assert all("run.db" in refusal for refusal in refusals)
 
 
+@pytest.mark.parametrize(("schema", "said"), [("1", "older fedsim"), ("999", "newer fedsim")])
+def test_a_run_of_another_schema_is_refused(run: Path, schema: str, said: str) -> None:
+    with sqlite3.connect(run / "run.db") as database:
+        database.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (schema,))
+    for read in (RunStore.open, load):
+        with pytest.raises(RunError, match=said):
+            read(run)
+
+
 # ------------------------------------------------------------------------------------------------ a full disk
 
 

@@ -1,0 +1,113 @@
+"""Which clients are malicious, what becomes of their data, and how the success of an attack is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients import catalog
+from clients.data_attacks import AttackContext, DataAttack, malicious_clients
+from clients.errors import RequestError
+from clients.updates import Updates
+from fedsim.data.columns import Columns, TensorColumns, derive
+from fedsim.data.population import Population
+from fedsim.experiment import Experiment
+
+#: The server's split on which the success of attacks is judged: its accuracy is the share that they win.
+SPLIT = "attack"
+
+_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Malicious:
+    """Clients that attack in one way.
+
+    Attributes:
+        name: the attack's name, for the record.
+        attack: what they do.
+        clients: ``int64`` ids, ascending.
+        ctx: what they know of the data.
+    """
+
+    name: str
+    attack: DataAttack
+    clients: np.ndarray
+    ctx: AttackContext
+
+    def falsify(self, u: Updates, round: int) -> None:
+        """Puts what these clients send in place of their updates, in place."""
+        if self.attack.changes_update:
+            here = np.flatnonzero(np.isin(u.clients.numpy(), self.clients))
+            places = torch.from_numpy(here)
+            u.rows[places] = self.attack.update(u.rows[places], u.clients.numpy()[here], round, self.ctx)
+
+
+def choose(experiment: Experiment, population: Population) -> tuple[Malicious, ...]:
+    """The experiment's attacks with their clients; those of one attack are not another's.
+
+    Raises:
+        RequestError: for a client that does not exist or attacks twice, or where too few are left.
+    """
+    found: list[Malicious] = []
+    free = population.trainable
+    ctx = AttackContext(population.label, population.input, population.classes, population.input_range, experiment.seed)
+    for number, said in enumerate(experiment.attacks):
+        key = f"attacks.{said.part.name}"
+        attack = catalog.build(said.part, "attacks", experiment.base, key=key)
+        if not isinstance(attack, DataAttack):
+            raise RequestError(f"{key}: {type(attack).__name__} is not a DataAttack")
+        share = said.fraction
+        if share is not None:  # of all clients, whoever else attacks
+            share *= len(population.trainable) / max(len(free), 1)
+            if share > 1:
+                raise RequestError(f"{key}.fraction: {said.fraction} of the clients are more than other attacks left")
+        try:
+            ids = malicious_clients(share, said.clients, free, experiment.seed, f"malicious/{number}")
+        except RequestError as error:
+            raise RequestError([f"{key}{line.removeprefix('attack')}" for line in error.problems]) from None
+        free = np.setdiff1d(free, ids)
+        found.append(Malicious(said.part.name, attack, ids, ctx))
+    return tuple(found)
+
+
+def poisoned(population: Population, malicious: Sequence[Malicious]) -> Population:
+    """The population with the malicious clients' training examples as they treat them, and a split to judge it on."""
+    train, columns = population.splits["train"], population.columns
+    for group in malicious:
+        if group.attack.changes_data:
+            held = [train.of(client) for client in group.clients.tolist()]
+            columns = derive(columns, Poison(group.attack, group.ctx), torch.from_numpy(np.concatenate(held)))
+    server = dict(population.server)
+    if "test" in server:
+        aims = [aim for group in malicious if (aim := _aim(group, server["test"])) is not None]
+        if aims:
+            server[SPLIT] = TensorColumns({name: torch.cat([aim[name] for aim in aims]) for name in aims[0]})
+    return replace(population, columns=columns, server=server)
+
+
+@dataclass(frozen=True)
+class Poison:
+    """What an attack makes of training examples, as a change of columns."""
+
+    attack: DataAttack
+    ctx: AttackContext
+
+    def __call__(self, batch: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+        return self.attack.poison(batch, index, self.ctx)
+
+
+def _aim(group: Malicious, test: Columns) -> dict[str, Tensor] | None:
+    """The test examples on which an attack's success is judged, with the labels that it wants."""
+    parts = []
+    for index in torch.arange(len(test)).split(_AT_ONCE):
+        found = group.attack.success(test.take(index), group.ctx)
+        if found is None:
+            return None
+        batch, counts = found
+        parts.append({name: column[counts] for name, column in batch.items()})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
