@@ -29,7 +29,7 @@ from clients.task import weighted_loss
 if TYPE_CHECKING:
     from clients.adversarial import Adversary
 
-_VALIDATION_BATCH = 1024
+_EVALUATED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Descent:
         examples: the pool that examples are taken from.
         validation: client id -> positions of its validation examples, for early stopping.
         by_length: whether short batches train in stacks of their own instead of being masked.
+        validated: where validation examples are taken from, if not from the pool.
         transforms: changes inputs at random, where given.
         adversary: changes inputs for the worse, where given.
     """
@@ -123,13 +124,15 @@ class Descent:
         examples: Examples,
         validation: Callable[[int], np.ndarray] | None,
         by_length: bool,
+        *,
+        validated: Examples | None = None,
         transforms: Transforms | None = None,
         adversary: Adversary | None = None,
     ):
         self.transforms, self.adversary = transforms, adversary
         self.objective, self.executor, self.recipe, self.optimizer = objective, executor, recipe, optimizer
         self.rates, self.examples, self.validation, self.by_length = rates, examples, validation, by_length
-        self.validated = examples
+        self.validated = validated or examples
         self.model, self.correction = objective.module.model, objective.correction
         self.layout, self.block = objective.layout, objective.layout.all
         self.buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -217,25 +220,28 @@ class Descent:
         stack.report["validation_loss"] = losses
 
         def loss(place: int) -> float | None:
-            found = self._validation_loss(stack, place)
+            assert self.validation is not None
+            found = self.loss(stack, place, self.validated, self.validation)
             if found is not None:
                 losses[place] = found if torch.isnan(losses[place]) else min(found, float(losses[place]))
             return found
 
         return Watch(self.recipe.early_stopping, per_epoch, blocks, loss)
 
-    def _validation_loss(self, stack: Stack, place: int) -> float | None:
-        """The task's loss of one client's weights on its own validation examples, dropout off."""
-        assert self.validation is not None
-        members = torch.from_numpy(self.validation(int(stack.clients[place])))
+    @torch.no_grad()
+    def loss(
+        self, stack: Stack, place: int, examples: Examples, members_of: Callable[[int], np.ndarray]
+    ) -> float | None:
+        """The task's mean loss of one client's weights on examples of its own, dropout off; None where it has none."""
+        members = torch.from_numpy(members_of(int(stack.clients[place])))
         if not len(members):
             return None
         buffers = {name: buffer[place] for name, buffer in stack.buffers.items()}
         total, weight = 0.0, 0.0
         self.model.eval()
         try:
-            for part in members.split(_VALIDATION_BATCH):
-                batch = in_precision(self.validated.take(part), self.block.dtype)
+            for part in members.split(_EVALUATED_AT_ONCE):
+                batch = in_precision(examples.take(part), self.block.dtype)
                 outputs = self.objective.module.with_weights(
                     {**self.block.unflatten(stack.rows[place]), **buffers}, batch
                 )

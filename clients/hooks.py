@@ -29,12 +29,14 @@ class Variables:
         client: this round's client state, ``[k, d]`` or ``[k, m]`` each (``[d]``/``[m]`` inside ``loss``, one client).
         server: server state that was broadcast, ``[d]`` or ``[m]`` each.
         round: the round.
+        lr: the round's local learning rate, its schedule applied.
     """
 
     weights: Tensor
     client: Mapping[str, Tensor] = field(default_factory=dict)
     server: Mapping[str, Tensor] = field(default_factory=dict)
     round: int = 0
+    lr: float = 0.0
 
     def select(self, which: int | slice | Tensor) -> Variables:
         """The same with the state of some clients alone; of one, without the dimension ``k``."""
@@ -49,10 +51,17 @@ class Correction(Described):
     Attributes:
         client_state: name -> ``"row"`` or a length ``m``; kept per client between rounds, zeros at first.
         server_state: likewise for the server; broadcast with the weights, and billed.
+        needs_loss_before: whether clients send ``loss_before`` ``float64 [k]``: the task's mean loss on all their
+            training examples, of the weights that they were sent.
     """
 
     client_state: Mapping[str, str | int] = {}
     server_state: Mapping[str, str | int] = {}
+    needs_loss_before: bool = False
+
+    def check(self, recipe: Recipe) -> list[str]:
+        """What of local training does not go with the correction, one line a key (``client.optimizer: ...``)."""
+        return []
 
     def loss(self, call: Call, batch: Batch, outputs: Any, v: Variables) -> Tensor:
         """An added loss ``[B]`` for one client's batch; ``call(row, batch)`` runs the model with other weights."""

@@ -79,11 +79,12 @@ class Trainer:
         examples: the pool that clients' examples lie in.
         members: client id -> ``int64 [n]`` positions in the pool.
         validation: the same for each client's validation examples; early stopping reads them.
-        validated: where those lie, and not in the pool.
+        validated: where those lie, if not in the pool.
         optimizer: the local optimiser.
         schedule: factor on the learning rate by round.
         step_schedule: factor on the learning rate by local step.
         correction: what the strategy changes in the loop.
+        loss_before: whether clients send the loss of the weights that they start from.
         local_training: replaces the loop, where given.
         statistics: batch norm's running statistics, where they are tracked.
         transforms: changes of the inputs drawn anew for every batch.
@@ -110,6 +111,7 @@ class Trainer:
         schedule: Schedule | None = None,
         step_schedule: Schedule | None = None,
         correction: Correction | None = None,
+        loss_before: bool = False,
         local_training: LocalTraining | None = None,
         statistics: Statistics | None = None,
         transforms: Transforms | None = None,
@@ -123,6 +125,7 @@ class Trainer:
         self.model = without_running_statistics(copy.deepcopy(model)).train()
         self.task, self.recipe, self.layout, self.seed = task, recipe, layout, seed
         self.examples, self.members, self.statistics = examples, members, statistics
+        self.loss_before = loss_before
         self.optimizer, self.correction, self.local_training = optimizer, correction or Correction(), local_training
         if statistics is not None:
             statistics.attach(self.model)
@@ -143,9 +146,18 @@ class Trainer:
         rates = Rates(recipe.learning_rate, schedule or Constant(), step_schedule or Constant(), rounds, factors)
         self.transforms = transforms
         self.descent = Descent(
-            objective, self.executor, recipe, optimizer, rates, examples, validation, by_length, transforms, adversary
+            objective,
+            self.executor,
+            recipe,
+            optimizer,
+            rates,
+            examples,
+            validation,
+            by_length,
+            validated=validated,
+            transforms=transforms,
+            adversary=adversary,
         )
-        self.descent.validated = validated or examples
 
     def _adversary(self, objective: Objective, input: str, input_range: tuple[float, float] | None) -> Adversary | None:
         said = self.recipe.adversarial
@@ -268,7 +280,9 @@ class Trainer:
         stack = self._stack(
             clients[order], weights, {name: value[torch.from_numpy(order)] for name, value in state.items()}, server
         )
-        v = Variables(weights, under(CORRECTION, stack.state), under(CORRECTION, server), round)
+        lr = self.descent.rates.of(round)
+        v = Variables(weights, under(CORRECTION, stack.state), under(CORRECTION, server), round, lr)
+        before = self._before(stack)
         loss, steps = self.descent.run(stack, done, self._plan(stack.clients, done, round), v)
 
         steps = steps[back]
@@ -278,6 +292,7 @@ class Trainer:
             examples=torch.from_numpy(done.examples)[back],
             steps=steps,
             weights=torch.ones(len(clients), dtype=torch.float64),
+            sends={name: value[back] for name, value in before.items()},
         )
         updates, own = self.correction.finish(updates, replace(v, client=under(CORRECTION, state)))
         fresh = {f"{CORRECTION}{name}": value for name, value in own.items()}
@@ -304,6 +319,13 @@ class Trainer:
         if STEPS in self.kept:
             moments = {name: state[f"{MOMENTS}{name}"].clone() for name in moments}
         return Stack(clients, rows, self._first_statistics(k, state, server), moments, state)
+
+    def _before(self, stack: Stack) -> dict[str, Tensor]:
+        """The statistics that clients send of the weights they start from."""
+        if not self.loss_before:
+            return {}
+        losses = [self.descent.loss(stack, place, self.examples, self.members) for place in range(len(stack.rows))]
+        return {"loss_before": torch.tensor(losses, dtype=torch.float64)}
 
     def _first_statistics(self, k: int, state: Mapping[str, Tensor], server: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Batch norm's running statistics by buffer, ``[k, channels]`` each: the client's own or the server's."""
@@ -353,6 +375,7 @@ class Trainer:
         self.block.load(model, stack.rows[0])
         if self.statistics is not None:
             self.statistics.load(model, self.statistics.gathered(stack.buffers)[0])
+        before = self._before(stack)
         members = torch.from_numpy(self.members(client))
         data = ClientData(
             in_precision(self.examples.take(members), self.block.dtype),
@@ -367,7 +390,7 @@ class Trainer:
             examples=torch.tensor([len(data)]),
             steps=torch.tensor([steps]),
             weights=torch.ones(1, dtype=torch.float64),
-            sends={name: torch.as_tensor(value, dtype=torch.float64)[None] for name, value in told.items()},
+            sends={**before, **{n: torch.as_tensor(value, dtype=torch.float64)[None] for n, value in told.items()}},
         )
         new_state = {}
         if self.start_personal is not None:

@@ -26,7 +26,7 @@ from clients.parts import Part
 from clients.schedules import Schedule
 from clients.statistics import Statistics
 from clients.task import Task
-from clients.transfer import prepare, unreached_adapters
+from clients.transfer import frozen_size, prepare, unreached_adapters
 from fedsim import data
 from fedsim.data.population import Population
 from fedsim.data.source import Source
@@ -256,6 +256,7 @@ def _check_training(experiment: Experiment, setup: Setup) -> None:
             " its loss; write one, or leave label smoothing out"
         )
     problems += _adversarial_problems(setup)
+    problems += setup.strategy.correction.check(client)
     correction = setup.strategy.correction
     changes = correction.adds_loss or correction.changes_gradient or correction.client_state
     if client.local_training is not None and changes:
@@ -399,4 +400,8 @@ def multiply_adds(assembly: Assembly) -> float:
     pixels = 1
     if any(isinstance(module, nn.Conv2d) for module in setup.model.modules()):
         pixels = max(1, int(torch.Size(setup.population.input_shape).numel()) // 4)
-    return 3.0 * setup.layout.all.size * pixels * examples * assembly.cohort * assembly.experiment.rounds
+    # What is frozen is passed through, forwards and often backwards; an attack passes through all of it again.
+    weights = 3.0 * setup.layout.all.size + 2.0 * frozen_size(setup.model)
+    said = recipe.adversarial
+    attacks = 0.0 if said is None else said.fraction * (said.steps if said.attack == "pgd" else 1)
+    return (1 + attacks) * weights * pixels * examples * assembly.cohort * assembly.experiment.rounds

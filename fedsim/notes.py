@@ -25,6 +25,8 @@ def notes(setup: Setup, source: str) -> list[str]:
         ]
     if batch_norms(setup.model):
         found.append(_batch_norm_note(setup, source))
+    if setup.recipe.adversarial is not None:
+        found.append("The training loss is that of the batches as they were trained on, adversarial inputs included.")
     if setup.recipe.dp_sgd is not None:
         found.append(_privacy_note(setup.recipe.dp_sgd))
     return [note for note in found if note]

@@ -177,7 +177,7 @@ class Simulation:
     def _context(self, round: int) -> Context:
         setup = self.setup
         server: dict[str, Any] = {"data": self._data, "train": self._train_on_server, "evaluate": self.evaluate}
-        return Context(round, self.layout, self.weights, self.population, setup.task, setup.seed, server)
+        return Context(round, self.layout, self.weights, self.population, setup.task, setup.seed, server, setup.recipe)
 
     def _cohort(self, ctx: Context) -> np.ndarray:
         ids, able = np.unique(np.asarray(self.strategy.sampling.cohort(ctx))), self.population.trainable

@@ -165,6 +165,7 @@ class Setup:
             "schedule": self.schedule,
             "step_schedule": self.step_schedule,
             "correction": self.strategy.correction,
+            "loss_before": self.strategy.aggregator.needs_loss_before or self.strategy.correction.needs_loss_before,
             "local_training": self.local_training,
             "statistics": self.tracked,
             "transforms": self.transforms,
@@ -207,7 +208,13 @@ class Worker:
 
     def _context(self, broadcast: Mapping[str, Any]) -> Context:
         return Context(
-            broadcast["round"], self.layout, broadcast["weights"], self.population, self.setup.task, self.setup.seed
+            broadcast["round"],
+            self.layout,
+            broadcast["weights"],
+            self.population,
+            self.setup.task,
+            self.setup.seed,
+            recipe=self.setup.recipe,
         )
 
     def train(self, chunk: Chunk, broadcast: Mapping[str, Any]) -> Answer:
@@ -328,6 +335,7 @@ class Worker:
             examples=columns,
             members=lambda _: members,
             correction=None,
+            loss_before=False,
             local_training=None,
             statistics=None,
             transforms=None,

@@ -24,10 +24,12 @@ class Aggregator(Described):
         needs: ``"sum"`` where the weighted sum of rows is enough (workers add, the server holds O(d)), ``"rows"`` where
             the rule looks at every client's row.
         min_rows: how many rows the rule needs; a smaller cohort keeps the weights, and that is recorded.
+        needs_loss_before: whether clients send ``loss_before`` ``float64 [k]``, see :class:`clients.hooks.Correction`.
     """
 
     needs: Literal["sum", "rows"] = "sum"
     min_rows: int = 1
+    needs_loss_before: bool = False
 
     def init(self, ctx: Context) -> State:
         """The rule's first state: a dict of tensors."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clients import randomness
 from clients.errors import RunError
+from clients.recipe import Recipe
 from clients.task import Task
 from clients.weights import Layout
 
@@ -42,6 +43,7 @@ class Context:
         task: what is learnt.
         seed: the experiment's seed; use :meth:`generator` and :meth:`uniform` to draw.
         server: what only the server has (``data``, ``train``, ``evaluate``); empty in a worker.
+        recipe: how clients train.
     """
 
     round: int
@@ -51,6 +53,7 @@ class Context:
     task: Task
     seed: int = 0
     server: Mapping[str, Callable[..., Any]] | None = None
+    recipe: Recipe | None = None
 
     def generator(self, purpose: str, client: int = 0) -> torch.Generator:
         """A generator of this round's own for one purpose (and one client)."""

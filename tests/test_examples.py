@@ -76,3 +76,14 @@ def test_the_readmes_local_training_runs_as_written(tmp_path: Path) -> None:
     (tmp_path / "experiment.toml").write_text(f"rounds = 1\n{block[1]}")
     result = fedsim.run(tmp_path / "experiment.toml", out=tmp_path / "run")
     assert result.summary["rounds"] == 1
+
+
+def test_every_experiment_in_the_readme_is_accepted_and_written_down_as_it_was_read(tmp_path: Path) -> None:
+    (tmp_path / "resnet18.pt").touch()
+    blocks = re.findall(r"```toml\n(.*?)```", (HOME / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        (tmp_path / "experiment.toml").write_text(block)
+        experiment = fedsim.Experiment.load(tmp_path / "experiment.toml")
+        (tmp_path / "resolved.toml").write_text(experiment.to_toml())
+        assert fedsim.Experiment.load(tmp_path / "resolved.toml").differences(experiment) == []
