@@ -269,10 +269,11 @@ def snake(name: str) -> str:
 @functools.lru_cache(maxsize=256)
 def _built_in(kind: Kind) -> tuple[Entry, ...]:
     found: dict[str, Entry] = {}
-    for name, path in reading.files(kind.package):
-        module = reading.read(path, name)
-        for entry in _classes(kind, module) if kind.base else _functions(kind, module):
-            found.setdefault(_plain(entry.name), entry)
+    for package in kind.packages:
+        for name, path in reading.files(package):
+            module = reading.read(path, name)
+            for entry in _classes(kind, module) if kind.bases else _functions(kind, module):
+                found.setdefault(_plain(entry.name), entry)
     return tuple(found.values())
 
 
@@ -297,8 +298,9 @@ def _classes(kind: Kind, module: Module) -> list[Entry]:
     found = []
     for node in module.classes():
         ancestors, missing = reading.lineage(module, node)
-        descends = kind.base in [above.name for _, above in ancestors[1:]] + missing
-        if descends and node.name != kind.base and not node.name.startswith("_") and not reading.is_abstract(ancestors):
+        descends = not {above.name for _, above in ancestors[1:]}.union(missing).isdisjoint(kind.bases)
+        public = node.name not in kind.bases and not node.name.startswith("_")
+        if descends and public and not reading.is_abstract(ancestors):
             found.append(_entry(kind, module, node, node.name))
     return found
 

@@ -16,8 +16,8 @@ class Kind:
     Attributes:
         name: the plural that ``fedsim list`` takes, e.g. ``"plugins"``.
         noun: the singular for messages, e.g. ``"plug-in"``.
-        package: the package or module, by its dotted name, whose source is read.
-        base: things are the public, concrete classes that descend from a class of this name;
+        package: the package or module, by its dotted name, whose source is read; or several of them.
+        base: things are the public, concrete classes that descend from a class of this name (or of one of several);
         returns: or the public functions whose return annotation is one of these names.
         first: the first argument of such a function is one of these, where its result does not tell it from helpers.
         offered: arguments that whoever builds the thing passes where its signature asks for them; no settings.
@@ -27,13 +27,21 @@ class Kind:
 
     name: str
     noun: str
-    package: str
-    base: str | None = None
+    package: str | tuple[str, ...]
+    base: str | tuple[str, ...] | None = None
     returns: tuple[str, ...] = ()
     first: tuple[str, ...] = ()
     offered: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     entry_points: str | None = None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return (self.package,) if isinstance(self.package, str) else self.package
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        return (self.base,) if isinstance(self.base, str) else self.base or ()
 
 
 _DECLARED: dict[str, Kind] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,9 @@ from clients.updates import Updates
 from fedsim.data.columns import Columns, TensorColumns, derive
 from fedsim.data.population import Population
 from fedsim.experiment import Experiment
+from strategies.context import Context
+from strategies.model_attacks import CraftContext, ModelAttack
+from strategies.strategy import Strategy
 
 #: The server's split on which the success of attacks is judged: its accuracy is the share that they win.
 SPLIT = "attack"
@@ -35,13 +38,33 @@ class Malicious:
     """
 
     name: str
-    attack: DataAttack
+    attack: DataAttack | ModelAttack
     clients: np.ndarray
     ctx: AttackContext
 
+    @property
+    def crafts(self) -> bool:
+        """Whether these clients make their updates of what the honest ones send, after training."""
+        return isinstance(self.attack, ModelAttack)
+
+    def craft(self, u: Updates, mine: Tensor, malicious: Collection[int], strategy: Strategy, ctx: Context) -> Updates:
+        """What these clients, ``bool [n]`` of the cohort, send; other attackers' updates are none of the honest."""
+        assert isinstance(self.attack, ModelAttack)
+        others = torch.tensor([client in malicious for client in u.clients.tolist()]) & ~mine
+        seen, here = u.select(~others), u.select(mine)
+        told = CraftContext(
+            round=ctx.round,
+            weights=ctx.weights,
+            examples=seen.examples,
+            clients=seen.clients,
+            generator=ctx.generator(f"attack/{self.name}"),
+            server_lr=float(getattr(strategy.server_optimizer, "lr", 1.0)),
+        )
+        return here.replace(rows=self.attack.craft(seen.rows, mine[~others], told).to(u.rows.dtype))
+
     def falsify(self, u: Updates, round: int) -> None:
         """Puts what these clients send in place of their updates, in place."""
-        if self.attack.changes_update:
+        if isinstance(self.attack, DataAttack) and self.attack.changes_update:
             here = np.flatnonzero(np.isin(u.clients.numpy(), self.clients))
             places = torch.from_numpy(here)
             u.rows[places] = self.attack.update(u.rows[places], u.clients.numpy()[here], round, self.ctx)
@@ -59,8 +82,8 @@ def choose(experiment: Experiment, population: Population) -> tuple[Malicious, .
     for number, said in enumerate(experiment.attacks):
         key = f"attacks.{said.part.name}"
         attack = catalog.build(said.part, "attacks", experiment.base, key=key)
-        if not isinstance(attack, DataAttack):
-            raise RequestError(f"{key}: {type(attack).__name__} is not a DataAttack")
+        if not isinstance(attack, DataAttack | ModelAttack):
+            raise RequestError(f"{key}: {type(attack).__name__} is no DataAttack and no ModelAttack")
         share = said.fraction
         if share is not None:  # of all clients, whoever else attacks
             share *= len(population.trainable) / max(len(free), 1)
@@ -79,7 +102,7 @@ def poisoned(population: Population, malicious: Sequence[Malicious]) -> Populati
     """The population with the malicious clients' training examples as they treat them, and a split to judge it on."""
     train, columns = population.splits["train"], population.columns
     for group in malicious:
-        if group.attack.changes_data:
+        if isinstance(group.attack, DataAttack) and group.attack.changes_data:
             held = [train.of(client) for client in group.clients.tolist()]
             columns = derive(columns, Poison(group.attack, group.ctx), torch.from_numpy(np.concatenate(held)))
     server = dict(population.server)
@@ -103,6 +126,8 @@ class Poison:
 
 def _aim(group: Malicious, test: Columns) -> dict[str, Tensor] | None:
     """The test examples on which an attack's success is judged, with the labels that it wants."""
+    if not isinstance(group.attack, DataAttack):
+        return None
     parts = []
     for index in torch.arange(len(test)).split(_AT_ONCE):
         found = group.attack.success(test.take(index), group.ctx)

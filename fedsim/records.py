@@ -47,6 +47,7 @@ class RoundRecord:
         events: what happened in the round.
         bytes_up: bytes sent by clients, measured on the encoded payloads.
         bytes_down: bytes sent to clients.
+        malicious: how many of the cohort's clients attacked, ``None`` where nobody does.
         bytes_saved: bytes that were not sent, up and down together, because parameters are frozen or stay with the
             clients, against sending the whole model both ways.
         epsilon: privacy spent so far, ``None`` without a privacy plug-in.
@@ -67,6 +68,7 @@ class RoundRecord:
     bytes_up: int = 0
     bytes_down: int = 0
     bytes_saved: int = 0
+    malicious: int | None = None
     epsilon: float | None = None
     simulated_seconds: float | None = None
     seconds: float = 0.0

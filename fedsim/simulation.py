@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from fedsim.worker import Chunk, Piece, Setup, TrainedChunk, Worker
 from strategies.aggregation import add_sums
 from strategies.checks.check import CheckContext
 from strategies.context import Context
+
+if TYPE_CHECKING:
+    from fedsim.attacking import Malicious
 
 _EXAMPLES_A_PIECE = 4096
 _CLIENTS_A_PIECE = 64
@@ -153,6 +156,7 @@ class Simulation:
             events=found.events,
             bytes_up=sum(client.pop("bytes_up") for client in found.clients),
             bytes_down=len(cohort) * self._bytes_down(),
+            malicious=sum(client in self.attacks for client in cohort.tolist()) if self.attacks else None,
             bytes_saved=(len(cohort) + len(found.clients)) * self.setup.unsent * self.layout.dtype.itemsize,
             train_seconds=sum(chunk["seconds"] for chunk in found.chunks),
         )
@@ -206,7 +210,8 @@ class Simulation:
         chunks = self._chunks(cohort, ctx.round)
         rows = None
         last = self._keep_rows and ctx.round == self.experiment.rounds
-        if (self.strategy.aggregator.needs == "rows" or last) and len(cohort):
+        crafting = [group for group in self.setup.malicious if group.crafts]
+        if (self.strategy.aggregator.needs == "rows" or last or crafting) and len(cohort):
             rows = self.engine.buffer("rows", (len(cohort), self.layout.size), self.layout.dtype)
         broadcast = {
             "round": ctx.round,
@@ -221,9 +226,29 @@ class Simulation:
             slots = np.sort(np.concatenate(found.slots))
             matrix = rows if len(slots) == len(cohort) else rows[torch.from_numpy(slots)]
             self._cohort_rows = Updates.join(found.parts, matrix)
+            if crafting:
+                self._cohort_rows = self._crafted(self._cohort_rows, crafting, found, ctx)
             if self.strategy.aggregator.needs == "rows":
                 found.total = self._cohort_rows
+            elif crafting:
+                found.total = self.strategy.reduce(self._cohort_rows)
         return found
+
+    def _crafted(self, u: Updates, crafting: list[Malicious], found: _Collected, ctx: Context) -> Updates:
+        """The cohort with the rows that attackers make of what the honest clients sent."""
+        u = u.replace(rows=u.rows.clone())
+        sent: dict[int, float] = {}
+        for group in crafting:
+            mine = torch.from_numpy(np.isin(u.clients.numpy(), group.clients))
+            if not bool(mine.any()):
+                continue
+            places = mine.nonzero()[:, 0]
+            fresh = self.strategy.receive(group.craft(u, mine, self.attacks, self.strategy, ctx), self.state, ctx)
+            u.rows[places] = fresh.rows
+            sent |= dict(zip(fresh.clients.tolist(), fresh.rows.norm(dim=1).tolist(), strict=True))
+        for client in found.clients:
+            client["update_norm"] = sent.get(client["client"], client["update_norm"])
+        return u
 
     def _broadcast_weights(self, row: Tensor) -> Tensor:
         shared = self.engine.buffer("weights", row.shape, row.dtype)

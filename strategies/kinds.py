@@ -13,5 +13,6 @@ declare(
     Kind("plugins", "plug-in", "strategies", base="Plugin", entry_points="fedsim.plugins"),
     Kind("aggregators", "aggregator", "strategies", base="Aggregator", entry_points="fedsim.aggregators"),
     Kind("server_optimizers", "server optimiser", "strategies", base="ServerOptimizer"),
+    Kind("attacks", "attack", ("clients", "strategies"), base=("DataAttack", "ModelAttack")),
     Kind("checks", "check", "strategies", base="Check", entry_points="fedsim.checks"),
 )

@@ -139,11 +139,14 @@ class Strategy:
             with _named(plugin, "client", ctx):
                 u, after = plugin.client(u, {**_of(place, state), **mine}, ctx)
                 fresh |= {f"{place}/{name}": after[name] for name in plugin.client_state}
-        u = u.replace(nbytes=u.bill())
+        return self.receive(u.replace(nbytes=u.bill()), state, ctx), fresh
+
+    def receive(self, u: Updates, state: State, ctx: Context) -> Updates:
+        """What the server does with each update on arrival."""
         for place, plugin in reversed(list(self._named_plugins())):
             with _named(plugin, "server_each", ctx):
                 u = plugin.server_each(u, _of(place, state), ctx)
-        return u, fresh
+        return u
 
     def reduce(self, u: Updates) -> Updates:
         """A chunk's weighted sum, for an aggregator that needs no more."""

@@ -433,6 +433,8 @@ def _ledger_columns(facts: Facts) -> list[Column]:
     ]
     if any(row["bytes_saved"] for row in facts.rounds):
         columns.append(Column("Not sent", lambda row: n.size(row["bytes_saved"])))
+    if any(row["malicious"] for row in facts.rounds):
+        columns.append(Column("Attackers", lambda row: n.NONE if row["malicious"] is None else row["malicious"]))
     if facts.epsilon is not None:
         columns.append(Column("Epsilon", lambda row: n.short(row["epsilon"])))
     if any(row["simulated_seconds"] is not None for row in facts.rounds):

@@ -33,7 +33,7 @@ CREATE TABLE population (
 );
 CREATE TABLE rounds (
     round INTEGER PRIMARY KEY, cohort INTEGER NOT NULL, completed INTEGER NOT NULL,
-    bytes_up INTEGER NOT NULL, bytes_down INTEGER NOT NULL, bytes_saved INTEGER NOT NULL DEFAULT 0,
+    bytes_up INTEGER NOT NULL, bytes_down INTEGER NOT NULL, bytes_saved INTEGER NOT NULL DEFAULT 0, malicious INTEGER,
     epsilon REAL, simulated_seconds REAL, seconds REAL NOT NULL, train_seconds REAL NOT NULL,
     checkpoint TEXT, checkpoint_sha256 TEXT NOT NULL, committed_at REAL NOT NULL, pid INTEGER NOT NULL
 );

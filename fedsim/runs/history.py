@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LEDGER = (
-    "round", "cohort", "completed", "bytes_up", "bytes_down", "bytes_saved", "epsilon", "simulated_seconds",
-    "seconds", "train_seconds", "committed_at",
+    "round", "cohort", "completed", "bytes_up", "bytes_down", "bytes_saved", "malicious", "epsilon",
+    "simulated_seconds",    "seconds", "train_seconds", "committed_at",
 )  # fmt: skip
 _TOTALS = ("bytes_up", "bytes_down", "bytes_saved", "seconds")
 _TRAIN_LOSS = """

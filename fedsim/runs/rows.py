@@ -17,7 +17,7 @@ def insert_round(database: sqlite3.Connection, record: RoundRecord, sha256: str)
     """Inserts a round and all that belongs to it, inside the caller's transaction."""
     number = int(record.round)
     database.execute(
-        "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             number,
             int(record.cohort),
@@ -25,6 +25,7 @@ def insert_round(database: sqlite3.Connection, record: RoundRecord, sha256: str)
             int(record.bytes_up),
             int(record.bytes_down),
             int(record.bytes_saved),
+            _whole(record.malicious),
             _real(record.epsilon),
             _real(record.simulated_seconds),
             float(record.seconds),

@@ -213,8 +213,8 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
     with create(tmp_path):
         pass
     with sqlite3.connect(tmp_path / "run.db") as database:  # five thousand commits would take a while
-        rounds = [(n, 1, 1, 10**7, 10**7, 0, None, None, 60.0, 50.0, None, "", 1e9, 1) for n in range(1, 5001)]
-        database.executemany(f"INSERT INTO rounds VALUES ({', '.join('?' * 14)})", rounds)
+        rounds = [(n, 1, 1, 10**7, 10**7, 0, None, None, None, 60.0, 50.0, None, "", 1e9, 1) for n in range(1, 5001)]
+        database.executemany(f"INSERT INTO rounds VALUES ({', '.join('?' * 15)})", rounds)
         values = [(n, "test", name, 1 / n) for n in range(1, 5001) for name in ("accuracy", "loss")]
         database.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?)", values)
     page = Page(write_report(tmp_path))
