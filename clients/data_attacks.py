@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -52,7 +52,17 @@ class AttackContext:
 
 
 class DataAttack(Described):
-    """The base of attacks of single clients; one overrides what it changes."""
+    """The base of attacks of single clients; one overrides what it changes.
+
+    Attributes:
+        knows: what an attacker knows.
+        colludes: whether attackers act together.
+        acts_on: ``data`` or ``model``.
+    """
+
+    knows: ClassVar[str] = "its own examples"
+    colludes: ClassVar[bool] = False
+    acts_on: ClassVar[Literal["data", "model"]] = "data"
 
     def poison(self, batch: dict[str, Tensor], examples: Tensor, ctx: AttackContext) -> dict[str, Tensor]:
         """The training examples as the malicious client sees them; the columns given are not changed in place.
@@ -245,6 +255,9 @@ class FreeRider(DataAttack):
     Args:
         noise: standard deviation of each number that it sends.
     """
+
+    knows: ClassVar[str] = "the global weights"
+    acts_on: ClassVar[Literal["data", "model"]] = "model"
 
     noise: NonNegative = 0.0
 

@@ -18,7 +18,7 @@ from fedsim.data.population import Population
 from fedsim.experiment import Experiment
 from strategies.context import Context
 from strategies.model_attacks import CraftContext, ModelAttack
-from strategies.strategy import Strategy
+from strategies.strategy import State
 
 #: The server's split on which the success of attacks is judged: its accuracy is the share that they win.
 SPLIT = "attack"
@@ -47,20 +47,35 @@ class Malicious:
         """Whether these clients make their updates of what the honest ones send, after training."""
         return isinstance(self.attack, ModelAttack)
 
-    def craft(self, u: Updates, mine: Tensor, malicious: Collection[int], strategy: Strategy, ctx: Context) -> Updates:
-        """What these clients, ``bool [n]`` of the cohort, send; other attackers' updates are none of the honest."""
+    def craft(
+        self, u: Updates, mine: Tensor, malicious: Collection[int], server_lr: float, state: State, ctx: Context
+    ) -> tuple[Updates, State]:
+        """What these clients send, and what they remember.
+
+        Args:
+            u: the cohort, as it was honestly trained.
+            mine: ``bool [n]``, which of it these clients are.
+            malicious: ids of all attackers; the updates of others are none of the honest.
+            server_lr: the server's learning rate.
+            state: the server's state, which holds what attackers remember.
+            ctx: the round.
+        """
         assert isinstance(self.attack, ModelAttack)
+        prefix = f"attack/{self.name}/"
         others = torch.tensor([client in malicious for client in u.clients.tolist()]) & ~mine
-        seen, here = u.select(~others), u.select(mine)
+        seen, here = u.select(~others), mine[~others]
         told = CraftContext(
             round=ctx.round,
             weights=ctx.weights,
             examples=seen.examples,
             clients=seen.clients,
             generator=ctx.generator(f"attack/{self.name}"),
-            server_lr=float(getattr(strategy.server_optimizer, "lr", 1.0)),
+            server_lr=server_lr,
+            state={name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)},
         )
-        return here.replace(rows=self.attack.craft(seen.rows, mine[~others], told).to(u.rows.dtype))
+        rows = self.attack.craft(seen.rows, here, told).to(u.rows.dtype)
+        kept = self.attack.remember(seen.rows, here, told)
+        return u.select(mine).replace(rows=rows), {f"{prefix}{name}": value for name, value in kept.items()}
 
     def falsify(self, u: Updates, round: int) -> None:
         """Puts what these clients send in place of their updates, in place."""

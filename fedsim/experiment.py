@@ -17,7 +17,7 @@ import strategies.kinds  # noqa: F401  (declares what the server side of an expe
 from clients import catalog, problems
 from clients.errors import RequestError
 from clients.parts import Part
-from clients.recipe import BatchNorm, Count, Recipe, Settings
+from clients.recipe import BatchNorm, Count, NonNegative, Positive, Recipe, Settings
 from fedsim import overriding, writing
 from fedsim.conflicts import conflicts, counted, only_clients_test
 
@@ -213,6 +213,34 @@ class EvaluationSettings(Section):
     clients: bool = False
 
 
+class DeviceSettings(Section):
+    """Clients' devices on a virtual clock. Without them the record has no simulated time.
+
+    Attributes:
+        step_seconds: how long a local step takes on a device of median speed.
+        speed_spread: sigma of the lognormal by which devices' speeds differ.
+        jitter: sigma of the lognormal by which the same work takes longer or shorter each time.
+        down_mbps: megabits a second to a device; left out, sending takes no time.
+        up_mbps: megabits a second from a device, likewise.
+        network_spread: sigma of the lognormal by which devices' networks differ.
+        latency: seconds each way.
+        dropout: chance that a client which has begun its work never answers.
+        available: share of every period in which a device is there; each has its own time of day.
+        period: seconds.
+    """
+
+    step_seconds: Positive = 0.1
+    speed_spread: NonNegative = 0.0
+    jitter: NonNegative = 0.0
+    down_mbps: Positive | None = None
+    up_mbps: Positive | None = None
+    network_spread: NonNegative = 0.0
+    latency: NonNegative = 0.0
+    dropout: Share = 0.0
+    available: Annotated[float, Field(gt=0, le=1)] = 1.0
+    period: Positive = 86400.0
+
+
 class EngineSettings(Named):
     """Where clients are trained. Nothing here changes a result.
 
@@ -255,6 +283,7 @@ class Experiment(Section):
     plugins: Annotated[tuple[Part, ...], Strict(False)] = ()
     evaluation: EvaluationSettings = EvaluationSettings()
     checks: Annotated[tuple[Part, ...], Strict(False)] = ()
+    devices: DeviceSettings | None = None
     engine: EngineSettings = EngineSettings()
 
     _base: Path = PrivateAttr(default_factory=Path.cwd)

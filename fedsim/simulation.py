@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -18,9 +18,11 @@ from clients.evaluation import Total, add_totals
 from clients.local_state import PERSONAL
 from clients.statistics import STATISTICS
 from clients.updates import Updates
+from fedsim.buffering import Queue
+from fedsim.devices import Devices
 from fedsim.engines.engine import Engine, Result
 from fedsim.execution import chunk_sizes
-from fedsim.experiment import Experiment
+from fedsim.experiment import DeviceSettings, Experiment
 from fedsim.records import Event, RoundRecord
 from fedsim.worker import Chunk, Piece, Setup, TrainedChunk, Worker
 from strategies.aggregation import add_sums
@@ -35,6 +37,9 @@ _CLIENTS_A_PIECE = 64
 
 #: The largest epsilon that any client has spent, among the state that is checkpointed.
 _EPSILON = "dp_sgd/epsilon"
+
+#: Seconds on the clients' devices so far.
+_CLOCK = "clock"
 
 ClientState = dict[str, tuple[Tensor, Tensor]]
 
@@ -67,6 +72,38 @@ class InMemory:
     def commit(self, record: RoundRecord, checkpoint: Mapping[str, Tensor], state: ClientState | None = None) -> None:
         for name, (ids, rows) in (state or {}).items():
             self.rows.setdefault(name, {}).update(zip(ids.tolist(), rows.clone(), strict=True))
+
+
+@dataclass(frozen=True)
+class Present:
+    """The population as a strategy sees it at a time: those that are there.
+
+    Attributes:
+        clients: how many clients there are in all.
+        trainable: ``int64`` ids of those that can be asked to train now.
+    """
+
+    clients: int
+    trainable: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the clients of a round are to do.
+
+    Attributes:
+        clients: ``int64`` ids, ascending.
+        groups: version of the weights -> the clients that begin from it.
+        dropped: ids of those that were sent the weights and will not answer.
+        began: how many were sent the weights.
+        seconds: what all of it takes on the clients' devices; None where that is not simulated.
+    """
+
+    clients: np.ndarray
+    groups: dict[int, np.ndarray]
+    dropped: list[int]
+    began: int
+    seconds: float | None
 
 
 @dataclass
@@ -107,6 +144,13 @@ class Simulation:
         if setup.recipe.dp_sgd is not None:
             self.state[_EPSILON] = torch.zeros((), dtype=torch.float64)
         self.attacks = {client: group.name for group in setup.malicious for client in group.clients.tolist()}
+        self.devices = None if experiment.devices is None else Devices(experiment.devices, setup.seed)
+        self.queue: Queue | None = None
+        self._versions: dict[int, Tensor] = {}
+        if self.strategy.concurrency is not None:
+            self.queue, self._versions = self._queue(self.strategy.concurrency), {0: self.weights}
+        if self.devices is not None:
+            self.state[_CLOCK] = torch.zeros((), dtype=torch.float64)
         self._staged: ClientState = {}
         self._local: Worker | None = None
         self._version = 0
@@ -117,13 +161,19 @@ class Simulation:
 
     def checkpoint(self) -> dict[str, Tensor]:
         """What the next round starts from: the weights ``row`` and the strategy's state."""
-        return {"row": self.weights, **{f"state/{name}": value for name, value in self.state.items()}}
+        versions = {} if self.queue is None else {f"version/{v}": self._versions[v] for v in self.queue.versions}
+        return {"row": self.weights, **versions, **{f"state/{name}": value for name, value in self.state.items()}}
 
     def restore(self, round: int, tensors: Mapping[str, Tensor]) -> None:
         """Goes on after a committed round."""
         self.round = round
         self.weights = tensors["row"].clone()
         self.state = {name[6:]: value.clone() for name, value in tensors.items() if name.startswith("state/")}
+        if self.queue is not None:
+            while self.queue.version < round:
+                self.queue.next()
+            kept = {int(name[8:]): value.clone() for name, value in tensors.items() if name.startswith("version/")}
+            self._versions = {**kept, round: self.weights}
 
     def commit(self, record: RoundRecord) -> None:
         """Makes a round's result the run's: record, checkpoint and client state together."""
@@ -145,19 +195,21 @@ class Simulation:
         begun = time.perf_counter()
         number = self.round + 1
         ctx = self._context(number)
-        cohort = self._cohort(ctx)
-        found = self._train(cohort, ctx)
+        work = self._asked(ctx) if self.queue is None else self._buffered(self.queue)
+        cohort = work.clients
+        found = self._train(work, ctx)
         record = RoundRecord(
             round=number,
-            cohort=len(cohort),
+            cohort=len(cohort) + len(work.dropped),
             completed=len(found.clients),
             clients=found.clients,
             chunks=found.chunks,
             events=found.events,
             bytes_up=sum(client.pop("bytes_up") for client in found.clients),
-            bytes_down=len(cohort) * self._bytes_down(),
+            bytes_down=work.began * self._bytes_down(),
             malicious=sum(client in self.attacks for client in cohort.tolist()) if self.attacks else None,
-            bytes_saved=(len(cohort) + len(found.clients)) * self.setup.unsent * self.layout.dtype.itemsize,
+            bytes_saved=(work.began + len(found.clients)) * self.setup.unsent * self.layout.dtype.itemsize,
+            simulated_seconds=work.seconds,
             train_seconds=sum(chunk["seconds"] for chunk in found.chunks),
         )
         if _EPSILON in self.state:
@@ -167,8 +219,17 @@ class Simulation:
         raised = [event for event in found.events if event.kind in ("client_failed", "too_few_examples")]
         if number == 1 and len(cohort) and len(raised) == len(cohort):
             raise RunError(f"round 1: all {len(cohort)} clients failed; client {raised[0].client}: {raised[0].message}")
+        if work.seconds is not None:
+            self.state[_CLOCK] = self.state[_CLOCK] + work.seconds
+        if work.dropped:
+            listed = ", ".join(map(str, work.dropped[:5])) + (", ..." if len(work.dropped) > 5 else "")
+            message = f"{len(work.dropped)} clients began and never answered: {listed}"
+            record.events.append(Event(number, "dropped_out", message, work.dropped[0], "training"))
         self._combine(found, ctx, record)
         self.round = number
+        if self.queue is not None:
+            needed = self.queue.versions
+            self._versions = {v: row for v, row in self._versions.items() if v in needed} | {number: self.weights}
         self._staged = {
             name: (torch.cat([ids for ids, _ in parts]), torch.cat([rows for _, rows in parts]))
             for name, parts in found.state.items()
@@ -183,11 +244,53 @@ class Simulation:
         server: dict[str, Any] = {"data": self._data, "train": self._train_on_server, "evaluate": self.evaluate}
         return Context(round, self.layout, self.weights, self.population, setup.task, setup.seed, server, setup.recipe)
 
+    def _asked(self, ctx: Context) -> _Work:
+        """The work of a synchronous round: the cohort's, less those that drop out."""
+        if self.devices is not None:
+            trainable = self.population.trainable
+            there = trainable[self.devices.present(trainable, float(self.state[_CLOCK]))]
+            ctx = replace(ctx, population=Present(self.population.clients, there))
+        cohort, dropped, seconds = self._cohort(ctx), np.empty(0, dtype=np.int64), None
+        began = len(cohort)
+        if self.devices is not None:
+            out = self.devices.drops_out(cohort, ctx.round)
+            cohort, dropped = cohort[~out], cohort[out]
+            seconds = float(self._durations(cohort, ctx.round).max(initial=0.0))
+            if not began:  # nobody is there: time passes
+                seconds = self.devices.said.period / 100
+        return _Work(cohort, {ctx.round - 1: cohort}, dropped.tolist(), began, seconds)
+
+    def _buffered(self, queue: Queue) -> _Work:
+        """The work of the updates that arrive until the server's next step."""
+        before = queue.time
+        batch = queue.next()
+        groups = {int(v): batch.clients[batch.versions == v] for v in np.unique(batch.versions)}
+        return _Work(batch.clients, groups, batch.dropped, batch.began, batch.time - before)
+
+    def _queue(self, concurrency: int) -> Queue:
+        said = self.experiment.devices or DeviceSettings(step_seconds=1.0)
+        self.devices = Devices(said, self.setup.seed)
+        trainable = self.population.trainable
+        size = round(self.strategy.sampling.expected(len(trainable)))
+
+        def duration(client: int, version: int) -> float:
+            return float(self._durations(np.array([client]), version + 1)[0])
+
+        return Queue(trainable, size, concurrency, self.devices, duration, self.setup.seed)
+
+    def _durations(self, clients: np.ndarray, number: int) -> np.ndarray:
+        """How long the work of a round takes each client, ``float64 [k]``; a row is sent as it is."""
+        assert self.devices is not None
+        sizes = self.population.splits["train"].sizes[clients]
+        steps = work(self.setup.recipe, sizes, clients, self.setup.seed, number).steps
+        size = self.layout.size * self.layout.dtype.itemsize
+        return self.devices.seconds(clients, number, steps, size, np.full(len(clients), size))
+
     def _cohort(self, ctx: Context) -> np.ndarray:
-        ids, able = np.unique(np.asarray(self.strategy.sampling.cohort(ctx))), self.population.trainable
+        ids, able = np.unique(np.asarray(self.strategy.sampling.cohort(ctx))), ctx.population.trainable
         # Of an empty cohort the dtype says nothing.
         whole = ids.dtype.kind in "iu" or not len(ids)
-        strange = ids[able[np.searchsorted(able, ids).clip(max=len(able) - 1)] != ids] if whole else ids
+        strange = ids[~np.isin(ids, able)] if whole else ids
         if len(strange):
             raise RunError(
                 f"round {ctx.round}, sampling: {self.strategy.sampling!r} chose client {strange[0]}, which cannot be"
@@ -205,23 +308,27 @@ class Simulation:
 
     # ------------------------------------------------------------------------------------------ training
 
-    def _train(self, cohort: np.ndarray, ctx: Context) -> _Collected:
-        found = _Collected(None, [], [], [], [], {}, [])
-        chunks = self._chunks(cohort, ctx.round)
+    def _train(self, work: _Work, ctx: Context) -> _Collected:
+        found, cohort = _Collected(None, [], [], [], [], {}, []), work.clients
         rows = None
         last = self._keep_rows and ctx.round == self.experiment.rounds
         crafting = [group for group in self.setup.malicious if group.crafts]
         if (self.strategy.aggregator.needs == "rows" or last or crafting) and len(cohort):
             rows = self.engine.buffer("rows", (len(cohort), self.layout.size), self.layout.dtype)
-        broadcast = {
-            "round": ctx.round,
-            "weights": self._broadcast_weights(self.weights),
-            "state": self.strategy.broadcast(self.state),
-            "rows": rows,
-            **self._statistics(),
-        }
-        for result in self.engine.map("train", chunks, broadcast):
-            self._collect(result, found, ctx)
+        numbers = 0
+        for version, clients in work.groups.items():
+            chunks = self._chunks(clients, version + 1, np.searchsorted(cohort, clients), numbers)
+            numbers += len(chunks)
+            broadcast = {
+                "round": version + 1,
+                "staleness": ctx.round - 1 - version,
+                "weights": self._broadcast_weights(self._versions.get(version, self.weights)),
+                "state": self.strategy.broadcast(self.state),
+                "rows": rows,
+                **self._statistics(),
+            }
+            for result in self.engine.map("train", chunks, broadcast):
+                self._collect(result, found, ctx)
         if rows is not None and found.parts:
             slots = np.sort(np.concatenate(found.slots))
             matrix = rows if len(slots) == len(cohort) else rows[torch.from_numpy(slots)]
@@ -243,7 +350,10 @@ class Simulation:
             if not bool(mine.any()):
                 continue
             places = mine.nonzero()[:, 0]
-            fresh = self.strategy.receive(group.craft(u, mine, self.attacks, self.strategy, ctx), self.state, ctx)
+            server_lr = float(getattr(self.strategy.server_optimizer, "lr", 1.0))
+            crafted, kept = group.craft(u, mine, self.attacks, server_lr, self.state, ctx)
+            fresh = self.strategy.receive(crafted, self.state, ctx)
+            self.state |= kept
             u.rows[places] = fresh.rows
             sent |= dict(zip(fresh.clients.tolist(), fresh.rows.norm(dim=1).tolist(), strict=True))
         for client in found.clients:
@@ -255,25 +365,33 @@ class Simulation:
         shared.copy_(row)
         return shared
 
-    def _chunks(self, cohort: np.ndarray, round: int) -> list[Chunk]:
-        """Longest clients first (ties by id), cut into chunks; within a chunk by id."""
+    def _chunks(self, cohort: np.ndarray, round: int, places: np.ndarray, first: int) -> list[Chunk]:
+        """Longest clients first (ties by id), cut into chunks; within a chunk by id.
+
+        Args:
+            cohort: the clients that begin from the same weights.
+            round: the round that they train for.
+            places: their rows in the round's matrix.
+            first: the first chunk's number.
+        """
         recipe = self.setup.recipe
         sizes = self.population.splits["train"].sizes[cohort]
         steps = work(recipe, sizes, cohort, self.setup.seed, round).steps
         if recipe.stragglers == "drop" and len(steps):
             amount = work(recipe, np.full_like(sizes, recipe.batch_size), cohort, self.setup.seed, round).steps
-            cohort, steps = cohort[amount == amount.max()], steps[amount == amount.max()]
+            kept = amount == amount.max()
+            cohort, steps, places = cohort[kept], steps[kept], places[kept]
         order = np.argsort(-steps, kind="stable")
         size = chunk_sizes(self.setup, self.setup.stacked, len(cohort), self.experiment.engine.stack_memory_mib)
         chunks: list[Chunk] = []
         for start in range(0, len(cohort), size):
-            slots = np.sort(order[start : start + size])
-            clients = cohort[slots]
+            chosen = np.sort(order[start : start + size])
+            clients = cohort[chosen]
             state = {
                 name: self.store.client_state(name, clients.tolist(), width, self.layout.dtype)
                 for name, width in self.kept.items()
             }
-            chunks.append(Chunk(len(chunks), clients, slots, state))
+            chunks.append(Chunk(first + len(chunks), clients, places[chosen], state))
         return chunks
 
     def _collect(self, result: Result, found: _Collected, ctx: Context) -> None:

@@ -215,6 +215,7 @@ class Worker:
             self.setup.task,
             self.setup.seed,
             recipe=self.setup.recipe,
+            staleness=broadcast.get("staleness", 0),
         )
 
     def train(self, chunk: Chunk, broadcast: Mapping[str, Any]) -> Answer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from clients.recipe import NonNegative, Positive
+from clients.recipe import NonNegative, Positive, Rate
 from strategies.server_optimizers import Adagrad, Adam, Yogi
 from strategies.strategy import Strategy
 
@@ -14,11 +14,11 @@ class FedAdam(Strategy):
 
     Args:
         lr: server learning rate.
-        b1: first-moment decay.
-        b2: second-moment decay.
+        b1: first-moment decay, below 1.
+        b2: second-moment decay, below 1.
         tau: degree of adaptivity.
-        bias_correction: off in the paper.
-        initial_accumulator: v before the first round.
+        bias_correction: off in the paper; its published figures were made by optimisers that have it.
+        initial_accumulator: v before the first round; the paper asks for tau^2 or more.
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
@@ -27,8 +27,8 @@ class FedAdam(Strategy):
     def __init__(
         self,
         lr: Positive = 0.01,
-        b1: NonNegative = 0.9,
-        b2: NonNegative = 0.99,
+        b1: Rate = 0.9,
+        b2: Rate = 0.99,
         tau: Positive = 1e-3,
         bias_correction: bool = False,
         initial_accumulator: NonNegative = 0.0,
@@ -50,7 +50,7 @@ class FedAdagrad(Strategy):
     def __init__(
         self,
         lr: Positive = 0.1,
-        b1: NonNegative = 0.0,
+        b1: Rate = 0.0,
         tau: Positive = 1e-3,
         bias_correction: bool = False,
         initial_accumulator: NonNegative = 0.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from clients.recipe import NonNegative, Positive
+from clients.recipe import NonNegative, Positive, Rate
 from strategies.aggregation import Mean
 from strategies.corrections import Prox
 from strategies.server_optimizers import SGD
@@ -43,10 +43,10 @@ class FedAvgM(Strategy):
 
     Args:
         lr: server learning rate.
-        momentum: no dampening; 0 with ``lr`` 1 is FedAvg to the bit.
+        momentum: below 1, no dampening; 0 with ``lr`` 1 is FedAvg to the bit.
         nesterov: x <- x + lr (D + momentum m).
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
-    def __init__(self, lr: Positive = 1.0, momentum: NonNegative = 0.9, nesterov: bool = False, **parts: Any):
+    def __init__(self, lr: Positive = 1.0, momentum: Rate = 0.9, nesterov: bool = False, **parts: Any):
         super().__init__(**{"server_optimizer": SGD(lr, momentum, nesterov), **parts})

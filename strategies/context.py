@@ -44,6 +44,8 @@ class Context:
         seed: the experiment's seed; use :meth:`generator` and :meth:`uniform` to draw.
         server: what only the server has (``data``, ``train``, ``evaluate``); empty in a worker.
         recipe: how clients train.
+        staleness: in a worker, how many steps the server has taken since these clients were sent their weights; above 0
+            in asynchronous training only.
     """
 
     round: int
@@ -54,6 +56,7 @@ class Context:
     seed: int = 0
     server: Mapping[str, Callable[..., Any]] | None = None
     recipe: Recipe | None = None
+    staleness: int = 0
 
     def generator(self, purpose: str, client: int = 0) -> torch.Generator:
         """A generator of this round's own for one purpose (and one client)."""

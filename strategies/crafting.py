@@ -11,10 +11,13 @@ import math
 from statistics import NormalDist
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clients.errors import RunError
+from strategies.columns import checked, each_block, one_blas_thread, row_of
+from strategies.distances import gram, squared_norms
 
 #: Of the clients that the attackers need on their side, whose share the bound is of: the honest ones, or all.
 Variant = Literal["arxiv", "paper"]
@@ -23,9 +26,6 @@ Variant = Literal["arxiv", "paper"]
 Direction = Literal["std", "sign", "unit"]
 
 Score = Literal["max", "min"]
-
-#: Columns at once: a block's float64 copy stays within some megabytes.
-_COLUMNS = 1 << 16
 
 #: Rows as far out as this, relative to the farthest, are as far: of two rows each is, and rounding must not choose.
 _AS_FAR = 1 - 1e-9
@@ -62,10 +62,10 @@ def alie(rows: Tensor, num_malicious: int, *, z: float | None = None, variant: V
         z: left out, :func:`alie_z`.
         variant: of :func:`alie_z`.
     """
-    _check("alie", rows, num_malicious)
-    mu, s = _moments(rows)
+    array = checked("alie", rows, num_malicious)
     far = alie_z(len(rows) + num_malicious, num_malicious, variant) if z is None else z
-    return _alike(mu - far * s, rows, num_malicious)
+    mu = _mean(array)
+    return _alike(mu - far * _spread(array, mu), rows, num_malicious)
 
 
 def ipm(rows: Tensor, num_malicious: int, *, eps: float = 0.5) -> Tensor:
@@ -74,8 +74,7 @@ def ipm(rows: Tensor, num_malicious: int, *, eps: float = 0.5) -> Tensor:
     The mean of all becomes ``((n - m) - m eps) / n mu``: it points against mu if and only if ``eps > (n - m) / m``.
     A small eps is for rules that choose among rows, which it gets close to.
     """
-    _check("ipm", rows, num_malicious)
-    return _alike(-eps * _moments(rows)[0], rows, num_malicious)
+    return _alike(-eps * _mean(checked("ipm", rows, num_malicious)), rows, num_malicious)
 
 
 def min_max(rows: Tensor, num_malicious: int, *, direction: Direction = "std") -> Tensor:
@@ -90,27 +89,26 @@ def min_max(rows: Tensor, num_malicious: int, *, direction: Direction = "std") -
         num_malicious: m.
         direction: p.
     """
-    _check("min_max", rows, num_malicious)
-    mu, p = _leaving(rows, direction)
-    gram, along = _centred(rows, mu, p)
-    squares, square = gram.diagonal(), float(p @ p)
+    array = checked("min_max", rows, num_malicious)
+    mu, p = _leaving(array, direction)
+    square = _square(p)
     if square == 0:
         return _alike(mu, rows, num_malicious)
-    bound = (squares[:, None] + squares[None, :] - 2 * gram).max()
-    room = (bound - squares).clamp(min=0)
-    root = (along**2 + square * room).sqrt()
-    # Of the two ways to write a root, that which subtracts nothing of the same sign.
-    gamma = torch.where(
-        along > 0, (along + root) / square, room / (root - along).clamp(min=torch.finfo(root.dtype).tiny)
-    )
-    return _alike(mu + float(gamma.min()) * p, rows, num_malicious)
+    products, along = gram("min_max", array, mu), _along(array, mu, p)
+    squares = np.diag(products)
+    bound = (squares[:, None] + squares[None, :] - 2 * products).max()
+    room = np.maximum(bound - squares, 0)
+    root = np.sqrt(along**2 + square * room)
+    # Of the two ways to write a root, that which subtracts nothing of the same sign; 0 / 0 is a root at 0.
+    upper = np.where(along > 0, (along + root) / square, room / np.maximum(root - along, np.finfo(np.float64).tiny))
+    return _alike(mu + upper.min() * p, rows, num_malicious)
 
 
 def min_sum(rows: Tensor, num_malicious: int, *, direction: Direction = "std", score: Score = "max") -> Tensor:
     """As far from the honest updates in sum as one of them is (Min-Sum; Shejwalkar and Houmansadr 2021).
 
     ``mu + gamma p`` with the largest gamma such that ``sum_i ||mu + gamma p - x_i||^2 <= max_i sum_j ||x_i - x_j||^2``.
-    Every such sum is ``(n - m) (||x - mu||^2 + mean_j ||x_j - mu||^2)``, which leaves ``gamma ||p|| = max_i ||x_i - mu||``.
+    Every such sum is ``(n - m) (||x - mu||^2 + mean_j ||x_j - mu||^2)``, so ``gamma ||p|| = max_i ||x_i - mu||``.
 
     Args:
         rows: ``[n - m, d]`` honest updates.
@@ -118,34 +116,35 @@ def min_sum(rows: Tensor, num_malicious: int, *, direction: Direction = "std", s
         direction: p.
         score: whose sum is the bound: the largest as in the paper, or the smallest as in the code released with it.
     """
-    _check("min_sum", rows, num_malicious)
-    mu, p = _leaving(rows, direction)
-    squares, square = _centred(rows, mu, p)[0].diagonal(), float(p @ p)
-    bound = float(squares.max() if score == "max" else squares.min())
-    gamma = math.sqrt(bound / square) if square else 0.0
+    array = checked("min_sum", rows, num_malicious)
+    mu, p = _leaving(array, direction)
+    squares, square = squared_norms("min_sum", array, mu), _square(p)
+    gamma = math.sqrt((squares.max() if score == "max" else squares.min()) / square) if square else 0.0
     return _alike(mu + gamma * p, rows, num_malicious)
 
 
 def mimic(rows: Tensor, num_malicious: int, *, position: int | None = None) -> Tensor:
-    """Copies of one honest update, which so counts m + 1 times (Karimireddy, He and Jaggi 2022, "Bucketing", 3.2).
+    """Copies of one honest update, which so counts m + 1 times (Karimireddy, He and Jaggi 2022, "Bucketing").
 
     Args:
         rows: ``[n - m, d]`` honest updates.
         num_malicious: m.
         position: whose; left out, :func:`standing_out`.
     """
-    _check("mimic", rows, num_malicious)
+    checked("mimic", rows, num_malicious)
     return rows[standing_out(rows) if position is None else position].repeat(num_malicious, 1)
 
 
 def standing_out(rows: Tensor) -> int:
     """The row farthest from the mean along the direction in which the rows differ most; the first where several are.
 
-    By the top eigenvector of the centred rows' Gram matrix, whose entries are the rows' coordinates along the direction.
+    The top eigenvector of the centred rows' Gram matrix holds their coordinates along it, up to a factor.
     """
-    mu = _moments(rows)[0]
-    far = torch.linalg.eigh(_centred(rows, mu, mu)[0]).eigenvectors[:, -1].abs()
-    return int((far >= _AS_FAR * far.max()).nonzero()[0])
+    array = checked("mimic", rows)
+    with one_blas_thread():
+        values, vectors = np.linalg.eigh(gram("mimic", array, _mean(array)))
+    far = np.abs(vectors[:, -1]) * max(values[-1], 0)
+    return int(np.argmax(far >= _AS_FAR * far.max()))
 
 
 def sign_flip(rows: Tensor, num_malicious: int, *, own: Tensor | None = None) -> Tensor:
@@ -185,51 +184,58 @@ def model_replacement(own: Tensor, *, share: float, server_lr: float = 1.0) -> T
     return _times(own, 1 / (server_lr * share))
 
 
-def _check(name: str, rows: Tensor, num_malicious: int) -> None:
-    if rows.dim() != 2 or not len(rows):
-        raise RunError(f"{name}: needs honest rows [n - m, d] with at least one row, not {list(rows.shape)}")
-    if num_malicious < 0:
-        raise RunError(f"{name}: {num_malicious} malicious clients; give 0 or more")
+def _mean(array: np.ndarray) -> np.ndarray:
+    """``float64 [d]``; of equal rows, that very row."""
+    mu = np.empty(array.shape[1])
+
+    def work(columns: slice) -> None:
+        block = array[:, columns].astype(np.float64)
+        mu[columns] = block[0] + (block - block[0]).mean(0)
+
+    for _ in each_block(array.shape, work):
+        pass
+    return mu
 
 
-def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sample standard deviation (of a single row: 0) of every column, ``float64 [d]`` each."""
-    mu, s = torch.empty(2, rows.shape[1], dtype=torch.float64)
-    for start in range(0, rows.shape[1], _COLUMNS):
-        here = slice(start, start + _COLUMNS)
-        block = rows[:, here].to(torch.float64)
-        mu[here] = block[0] + (block - block[0]).mean(0)  # of equal rows, that very row
-        s[here] = ((block - mu[here]) ** 2).sum(0).div(max(len(rows) - 1, 1)).sqrt()
-    return mu, s
+def _spread(array: np.ndarray, mu: np.ndarray) -> np.ndarray:
+    """Sample standard deviation of every column, ``float64 [d]``; of a single row, 0."""
+    s = np.empty_like(mu)
+
+    def work(columns: slice) -> None:
+        block = np.subtract(array[:, columns], mu[columns], dtype=np.float64)
+        s[columns] = np.sqrt((block**2).sum(0) / max(len(array) - 1, 1))
+
+    for _ in each_block(array.shape, work):
+        pass
+    return s
 
 
-def _leaving(rows: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
+def _along(array: np.ndarray, mu: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """``<p, x_i - mu>``, ``float64 [n]``."""
+
+    def work(columns: slice) -> np.ndarray:
+        return np.subtract(array[:, columns], mu[columns], dtype=np.float64) @ p[columns]
+
+    return np.sum(list(each_block(array.shape, work)), axis=0)
+
+
+def _leaving(array: np.ndarray, direction: Direction) -> tuple[np.ndarray, np.ndarray]:
     """The honest mean, and the direction in which to leave it (zero where it has none), ``float64 [d]`` each."""
-    mu, s = _moments(rows)
+    mu = _mean(array)
     if direction == "std":
-        return mu, -s
-    norm = mu.norm()
-    return mu, -mu.sign() if direction == "sign" or norm == 0 else -mu / norm
+        return mu, -_spread(array, mu)
+    norm = math.sqrt(_square(mu))
+    return mu, -np.sign(mu) if direction == "sign" or norm == 0 else -mu / norm
 
 
-def _centred(rows: Tensor, mu: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Of ``c_i = x_i - mu``: the Gram matrix ``float64 [n, n]``, and ``<p, c_i>`` ``float64 [n]``.
-
-    Centred first: the rows' common part would cost the digits in which they differ.
-    """
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    along = torch.zeros(len(rows), dtype=torch.float64)
-    for start in range(0, rows.shape[1], _COLUMNS):
-        here = slice(start, start + _COLUMNS)
-        block = rows[:, here].to(torch.float64) - mu[here]
-        gram += block @ block.T
-        along += block @ p[here]
-    return gram, along
+def _square(row: np.ndarray) -> float:
+    """``||row||^2``, not by BLAS, whose sum depends on how many threads it has."""
+    return float((row**2).sum())
 
 
-def _alike(row: Tensor, rows: Tensor, num_malicious: int) -> Tensor:
-    """One row for every attacker, ``[m, d]`` in the dtype of the rows."""
-    return row.to(rows.dtype).repeat(num_malicious, 1)
+def _alike(row: np.ndarray, rows: Tensor, num_malicious: int) -> Tensor:
+    """One row for every attacker, ``[m, d]`` as the rows are."""
+    return row_of(row, rows).repeat(num_malicious, 1)
 
 
 def _times(own: Tensor, factor: float) -> Tensor:

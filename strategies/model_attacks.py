@@ -255,21 +255,25 @@ class Mimic(ModelAttack):
     client: Annotated[int, Field(ge=0)] | None = None
 
     def forge(self, honest: Tensor, own: Tensor, ctx: CraftContext) -> Tensor:
-        there = ctx.clients[: len(honest)]
-        known = next((found for client in self._known(ctx) if len(found := (there == client).nonzero())), None)
-        return mimic(honest, len(own), position=None if known is None else int(known))
+        return mimic(honest, len(own), position=self._known(ctx.clients[: len(honest)], ctx))
 
     def remember(self, rows: Tensor, malicious: Tensor, ctx: CraftContext) -> State:
-        there = ctx.clients[~malicious]
-        if not malicious.any() or not len(there) or any((there == client).any() for client in self._known(ctx)):
+        others = ctx.clients.argsort()
+        others = others[~malicious[others]]
+        there = ctx.clients[others]
+        if not bool(malicious.any()) or not len(there) or self._known(there, ctx) is not None:
             return ctx.state
-        order = there.argsort()
-        chosen = there[order][standing_out(rows[~malicious][order])]
-        return {"copied": torch.tensor([*ctx.state.get("copied", torch.empty(0)).long().tolist(), int(chosen)])}
+        return {"copied": torch.cat([self._copied(ctx), there[standing_out(rows[others])][None]])}
 
-    def _known(self, ctx: CraftContext) -> list[int]:
-        copied = ctx.state["copied"].tolist() if "copied" in ctx.state else []
-        return copied if self.client is None else [self.client, *copied]
+    def _known(self, clients: Tensor, ctx: CraftContext) -> int | None:
+        """Where the first of those to copy stands among these; None where none does."""
+        named = [] if self.client is None else [self.client]
+        place = {client: at for at, client in enumerate(clients.tolist())}
+        return next((place[client] for client in named + self._copied(ctx).tolist() if client in place), None)
+
+    def _copied(self, ctx: CraftContext) -> Tensor:
+        """``int64`` ids of clients that were copied before, in that order."""
+        return ctx.state.get("copied", torch.zeros(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -289,8 +293,8 @@ class ModelReplacement(ModelAttack):
     sees_others = False
 
     def forge(self, honest: Tensor, own: Tensor, ctx: CraftContext) -> Tensor:
-        counts = ctx.examples.to(torch.float64) if self.weighting == "examples" else torch.ones_like(ctx.examples)
-        share = float(counts[-len(own) :].sum() / counts.sum())
+        counts = ctx.examples if self.weighting == "examples" else torch.ones_like(ctx.examples)
+        share = int(counts[-len(own) :].sum()) / int(counts.sum())
         return model_replacement(own, share=share, server_lr=ctx.server_lr)
 
 

@@ -10,6 +10,8 @@ switches to that of Kingma and Ba 2015, ``lr m/(1-b1^t) / (sqrt(v/(1-b2^t)) + ta
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,8 @@ import torch
 from torch import Tensor
 
 from clients.described import Described
-from clients.recipe import NonNegative, Positive
+from clients.errors import RequestError
+from clients.recipe import NonNegative, Positive, Rate
 
 State = dict[str, Any]
 
@@ -45,8 +48,11 @@ class SGD(ServerOptimizer):
     """
 
     lr: Positive = 1.0
-    momentum: NonNegative = 0.0
+    momentum: Rate = 0.0
     nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        _refuse(self)
 
     def init(self, row: Tensor) -> State:
         return {"m": torch.zeros_like(row)} if self.momentum else {}
@@ -66,6 +72,9 @@ class _Adaptive(ServerOptimizer):
     tau: float
     bias_correction: bool
     initial_accumulator: float
+
+    def __post_init__(self) -> None:
+        _refuse(self)
 
     def init(self, row: Tensor) -> State:
         return {
@@ -94,16 +103,16 @@ class Adam(_Adaptive):
 
     Args:
         lr: server learning rate, the paper's eta.
-        b1: first-moment decay.
-        b2: second-moment decay.
+        b1: first-moment decay, below 1.
+        b2: second-moment decay, below 1.
         tau: degree of adaptivity, added to the root.
         bias_correction: off in the paper.
-        initial_accumulator: v before the first round.
+        initial_accumulator: v before the first round; the paper asks for tau^2 or more.
     """
 
     lr: Positive = 0.1
-    b1: NonNegative = 0.9
-    b2: NonNegative = 0.99
+    b1: Rate = 0.9
+    b2: Rate = 0.99
     tau: Positive = 1e-3
     bias_correction: bool = False
     initial_accumulator: NonNegative = 0.0
@@ -128,10 +137,33 @@ class Adagrad(_Adaptive):
     """v_t = v_{t-1} + D_t^2, by default without first moment (b1 = 0), as in the paper; arguments as :class:`Adam`."""
 
     lr: Positive = 0.1
-    b1: NonNegative = 0.0
+    b1: Rate = 0.0
     tau: Positive = 1e-3
     bias_correction: bool = False
     initial_accumulator: NonNegative = 0.0
 
     def _second(self, v: Tensor, squared: Tensor) -> Tensor:
         return v + squared
+
+
+_RATE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+_POSITIVE = ("a finite number above 0", lambda value: 0 < value < math.inf)
+_ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "lr": _POSITIVE,
+    "tau": _POSITIVE,
+    "momentum": _RATE,
+    "b1": _RATE,
+    "b2": _RATE,
+    "initial_accumulator": ("a finite number of at least 0", lambda value: 0 <= value < math.inf),
+}
+
+
+def _refuse(optimizer: ServerOptimizer) -> None:
+    """Refuses numbers with which a rule has no meaning, in Python too, where no schema looks at them."""
+    problems = [
+        f"server_optimizer.{name}: {value!r} given; give {_ALLOWED[name][0]}"
+        for name, value in vars(optimizer).items()
+        if name in _ALLOWED and not _ALLOWED[name][1](value)
+    ]
+    if problems:
+        raise RequestError(problems)

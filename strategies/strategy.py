@@ -31,6 +31,8 @@ class Strategy:
         plugins: what happens to updates on their way, in order.
         aggregator: from rows (or their weighted sum) to one row.
         server_optimizer: what is done with the pseudo-gradient; left out, it is added as it is.
+        concurrency: how many clients train at the same time without waiting for one another: the server takes a step
+            with every ``clients_per_round`` updates. Left out, rounds are synchronous.
 
     Raises:
         RequestError: for a part of the wrong kind, and for compositions that make no sense.
@@ -44,7 +46,9 @@ class Strategy:
         plugins: Sequence[Plugin] = (),
         aggregator: Aggregator | None = None,
         server_optimizer: ServerOptimizer | None = None,
+        concurrency: int | None = None,
     ):
+        self.concurrency = concurrency
         self.sampling = Fixed(clients_per_round=10) if sampling is None else sampling
         self.correction = Correction() if correction is None else correction
         self.plugins = tuple(plugins)
@@ -178,7 +182,7 @@ class Strategy:
         return [(f"plugin/{i}-{type(plugin).__name__}", plugin) for i, plugin in enumerate(self.plugins)]
 
 
-_PARTS = ("sampling", "correction", "plugins", "aggregator", "server_optimizer")
+_PARTS = ("sampling", "correction", "plugins", "aggregator", "server_optimizer", "concurrency")
 
 
 @contextmanager

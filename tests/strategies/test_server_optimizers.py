@@ -3,7 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import clients.catalog
 import strategies
+from clients.errors import RequestError
+from clients.parts import Part
 from strategies import server_optimizers
 from tests.strategies.problems import context, play
 
@@ -102,3 +105,69 @@ def test_presets_carry_their_state_from_round_to_round(name):
         expected, plain = optimizer.step(expected, step, plain)
         x, state = play(strategy, step[None], state, context(x))
     assert torch.allclose(x, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["Adam", "Yogi"])
+@pytest.mark.parametrize("name", ["b1", "b2"])
+@pytest.mark.parametrize("value", [1.0, 1.5, -0.1, float("nan")])
+def test_decays_outside_0_to_1_are_refused(rule, name, value):
+    with pytest.raises(RequestError, match=rf"server_optimizer\.{name}: .* given; give at least 0 and below 1"):
+        getattr(server_optimizers, rule)(**{name: value})
+    with pytest.raises(RequestError, match=rf"server_optimizer\.{name}: "):
+        getattr(strategies, f"Fed{rule}")(**{name: value})
+    for kind, named in (("server_optimizers", rule), ("strategies", f"Fed{rule}")):
+        (line,) = clients.catalog.check(Part(named, {name: value}), kind, key="strategy")
+        assert line.startswith(f"strategy.{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: server_optimizers.SGD(momentum=1.0),
+            "server_optimizer.momentum: 1.0 given; give at least 0 and below 1",
+        ),
+        (lambda: server_optimizers.SGD(lr=0.0), "server_optimizer.lr: 0.0 given; give a finite number above 0"),
+        (lambda: server_optimizers.Adagrad(b1=1.0), "server_optimizer.b1: 1.0 given; give at least 0 and below 1"),
+        (lambda: server_optimizers.Adam(tau=0.0), "server_optimizer.tau: 0.0 given; give a finite number above 0"),
+        (
+            lambda: server_optimizers.Adam(initial_accumulator=-1e-6),
+            "server_optimizer.initial_accumulator: -1e-06 given; give a finite number of at least 0",
+        ),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(make, said):
+    with pytest.raises(RequestError) as refused:
+        make()
+    assert refused.value.problems == [said]
+
+
+def test_all_wrong_numbers_are_named_at_once():
+    with pytest.raises(RequestError) as refused:
+        server_optimizers.Yogi(lr=float("inf"), b1=1.0, b2=-0.5)
+    assert len(refused.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("FedAdam", 0.202603087905704), ("FedYogi", 0.201889398934932), ("FedAdagrad", 0.0809543152523742)],
+)
+def test_presets_give_the_third_iterate_of_algorithm_2(name, expected):
+    strategy = getattr(strategies, name)(lr=0.1)
+    x = torch.zeros(1, dtype=torch.float64)
+    state = strategy.init(context(x))
+    for update in D:
+        x, state = play(strategy, torch.tensor([[update]], dtype=torch.float64), state, context(x))
+    assert abs(float(x) - expected) < 1e-12
+
+
+def test_a_first_accumulator_holds_the_first_step_back():
+    """x_1 = lr (1 - b1) D / (sqrt(b2 v_0 + (1 - b2) D^2) + tau), and Adagrad's sqrt(v_0 + D^2)."""
+    d, v = 0.5, 0.04
+    row, update = torch.zeros(1, dtype=torch.float64), torch.tensor([d], dtype=torch.float64)
+    adam = server_optimizers.Adam(lr=0.1, initial_accumulator=v)
+    expected = 0.1 * 0.1 * d / ((0.99 * v + 0.01 * d * d) ** 0.5 + 1e-3)
+    assert abs(float(adam.step(row, update, adam.init(row))[0]) - expected) < 1e-15
+    adagrad = server_optimizers.Adagrad(lr=0.1, initial_accumulator=v)
+    expected = 0.1 * d / ((v + d * d) ** 0.5 + 1e-3)
+    assert abs(float(adagrad.step(row, update, adagrad.init(row))[0]) - expected) < 1e-15
