@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,9 +62,7 @@ class Transforms:
         """One client's batch ``[B, ...]``."""
         if not self.steps or not len(batch[self.input]):
             return batch
-        with torch.random.fork_rng(devices=[]):
-            key = randomness.key(self.seed, f"{self.purpose}/{step}", round, client)
-            torch.default_generator.manual_seed(key)
+        with _keyed(randomness.key(self.seed, f"{self.purpose}/{step}", round, client), everywhere=not self.all_known):
             if self.by == "batch":
                 return self._apply(batch)
             parts = [
@@ -80,18 +80,60 @@ class Transforms:
         x, y = batch[self.input], batch.get(self.label)
         images, flat = _as_images(x), x.dim() == 2
         for step in self.steps:
-            images, y = _transformed(step, images, y)
-        if images.shape[0] != len(x):
-            raise RequestError(f"data.transforms: {step!r} made {images.shape[0]} examples of {len(x)}; give as many")
+            try:
+                images, y = _transformed(step, images, y)
+            except Exception as error:
+                said = f"{type(error).__name__} on {list(images.shape)}: {' '.join(str(error).split())}"
+                raise RequestError(f"data.{self.purpose}: {_called(step)} raises {said}") from error
+            if not isinstance(images, Tensor) or images.shape[:1] != x.shape[:1]:
+                made = f"{list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+                raise RequestError(f"data.{self.purpose}: {_called(step)} made {made} of {len(x)} examples; give all")
         if images.dim() == 4 and x.dim() < 4:
             images = images.flatten(1) if flat else images.squeeze(1)
         changed = {self.input: images} if y is None else {self.input: images, self.label: y}
         return {**batch, **changed}
 
     @property
+    def all_known(self) -> bool:
+        """Whether all are torchvision's, which draw from torch's generator alone."""
+        return all(_is_torchvision(step) for step in _inside(self.steps))
+
+    @property
     def mixes(self) -> bool:
-        """Whether examples of a batch are mixed with one another."""
-        return any(type(step).__name__ in _MIXING for step in self.steps)
+        """Whether examples of a batch may be mixed with one another: by torchvision's that do, or by one's own."""
+        inside = list(_inside(self.steps))
+        own = self.by == "batch" and not self.all_known
+        return own or any(type(step).__name__ in _MIXING for step in inside)
+
+
+def _inside(steps: Iterable[Any]) -> Iterator[Any]:
+    """Transforms with those that they are made of."""
+    for step in steps:
+        yield step
+        held = getattr(step, "transforms", ())
+        yield from _inside(held if isinstance(held, Iterable) else ())
+
+
+@contextmanager
+def _keyed(key: int, everywhere: bool) -> Iterator[None]:
+    """Inside, torch's generator is seeded by the key, and everywhere also Python's and numpy's; restored after."""
+    states = (random.getstate(), np.random.get_state()) if everywhere else None
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(key)
+        if states is None:
+            yield
+            return
+        try:
+            random.seed(key)
+            np.random.seed(key % 2**32)
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _called(step: Callable[..., Any]) -> str:
+    return getattr(step, "__name__", type(step).__name__)
 
 
 def _as_images(x: Tensor) -> Tensor:
@@ -112,7 +154,8 @@ def _transformed(step: Callable[..., Any], x: Tensor, y: Tensor | None) -> tuple
         sample["label"] = tv_tensors.Mask(y) if y.dim() >= 3 else y
     found = step(sample)
     label = None if y is None else found["label"].as_subclass(Tensor)
-    return found["image"].as_subclass(Tensor), label
+    image = found["image"]
+    return image.as_subclass(Tensor) if isinstance(image, Tensor) else image, label
 
 
 def _is_torchvision(step: Callable[..., Any]) -> bool:

@@ -42,6 +42,7 @@ class Entry:
         summary: the first line of its docstring.
         signature: what it is called with.
         attributes: the literal class attributes, e.g. ``{"needs": "rows"}``.
+        is_function: whether it is a function, and no class.
     """
 
     name: str
@@ -51,12 +52,14 @@ class Entry:
     summary: str
     signature: Signature
     attributes: Mapping[str, Any]
+    is_function: bool = False
 
     @property
     def settings(self) -> dict[str, Parameter]:
         """Its arguments less those that whoever builds it passes."""
-        offered = kind_of(self.kind).offered
-        return {name: known for name, known in self.signature.parameters.items() if name not in offered}
+        kind, parameters = kind_of(self.kind), self.signature.parameters
+        offered = (*kind.offered, *(list(parameters)[:1] if kind.applied and self.is_function else ()))
+        return {name: known for name, known in parameters.items() if name not in offered}
 
 
 def kind_of(name: str) -> Kind:
@@ -263,7 +266,7 @@ def read_file(path: Path, key: str = "") -> Module:
 def snake(name: str) -> str:
     """The name that a class goes by: ``TrimmedMean`` is ``trimmed_mean``, ``FedAvgM`` is ``fedavgm``."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", name).lower()
-    return words.replace("_", "") if re.match("Fed[A-Z]", name) else words
+    return words.replace("_", "") if re.match("[A-Z]?Fed[A-Z]", name) else words
 
 
 @functools.lru_cache(maxsize=256)
@@ -332,6 +335,7 @@ def _entry(kind: Kind, module: Module, node: ast.stmt, attribute: str, name: str
         summary=text.partition("\n")[0],
         signature=reading.signature(module, node),
         attributes=attributes,
+        is_function=isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef),
     )
 
 

@@ -83,6 +83,11 @@ class _Phases:
     shared: int
     held: Tensor
 
+    def number(self, step: int, active: int) -> Tensor:
+        """Which step of its phase each client takes, ``[active, 1]``: each phase is training of its own."""
+        first = self.first[:active]
+        return torch.where(step < first, step, step - first)[:, None]
+
     def before(self, g: Tensor, step: int) -> None:
         """Takes from the gradients ``[active, D]`` what is held."""
         personal = (step < self.first[: len(g)])[:, None]
@@ -180,7 +185,8 @@ class Descent:
                 total[:active] += losses * count
                 if phases is not None:
                     phases.before(g, step)
-                self._step(w, g, stack, here, step, self.rates.at(step, taken[:active], lr, w.dtype))
+                number = step if phases is None else phases.number(step, active)
+                self._step(w, g, stack, here, step, number, self.rates.at(step, taken[:active], lr, w.dtype))
                 if phases is not None:
                     phases.after(w, step)
                 if watch is not None and watch.look(step, active):
@@ -191,8 +197,10 @@ class Descent:
             taken = watch.steps
         return total / seen.clamp(min=1), taken
 
-    def _step(self, w: Tensor, g: Tensor, stack: Stack, v: Variables, step: int, lr: float | Tensor) -> None:
-        """From the gradients of a step to the weights after it, in place."""
+    def _step(
+        self, w: Tensor, g: Tensor, stack: Stack, v: Variables, step: int, number: int | Tensor, lr: float | Tensor
+    ) -> None:
+        """From the gradients of a step to the weights after it, in place; the optimiser counts it as ``number``."""
         active, shared, penalties = len(w), self.layout.size, self.penalties
         if self.recipe.gradient_clip is not None:
             clip_norm(g, self.recipe.gradient_clip)
@@ -202,7 +210,7 @@ class Descent:
                 g[:, :shared] = changed
         penalties.gradient(g, w, v.weights, shared)
         penalties.before(w, lr)
-        count: int | Tensor = stack.state[STEPS][:active] + step if STEPS in stack.state else step
+        count = stack.state[STEPS][:active] + number if STEPS in stack.state else number
         self.optimizer.step(w, g, {name: block[:active] for name, block in stack.moments.items()}, lr, count)
         penalties.after(w, lr)
 

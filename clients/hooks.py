@@ -63,6 +63,10 @@ class Correction(Described):
         """What of local training does not go with the correction, one line a key (``client.optimizer: ...``)."""
         return []
 
+    def fits(self, strategy: Any) -> list[str]:
+        """What of the strategy that it is part of does not go with the correction, one line a key."""
+        return []
+
     def loss(self, call: Call, batch: Batch, outputs: Any, v: Variables) -> Tensor:
         """An added loss ``[B]`` for one client's batch; ``call(row, batch)`` runs the model with other weights."""
         raise NotImplementedError

@@ -23,6 +23,7 @@ class Kind:
         offered: arguments that whoever builds the thing passes where its signature asks for them; no settings.
         also: names that stand for no thing of their own, e.g. ``"auto"``; lower case.
         entry_points: the entry-point group in which published packages add theirs.
+        applied: whether a plain function is such a thing itself, and its first argument what it is applied to.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Kind:
     offered: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     entry_points: str | None = None
+    applied: bool = False
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -69,7 +71,7 @@ declare(
         offered=("weight", "fan_in", "fan_out", "model", "generator", "base"),
     ),
     Kind("schedules", "schedule", "clients", base="Schedule"),
-    Kind("transforms", "transform", "torchvision.transforms.v2", base="Transform"),
+    Kind("transforms", "transform", "torchvision.transforms.v2", base="Transform", applied=True),
     Kind("attacks", "attack", "clients", base="DataAttack"),
     Kind("local_trainings", "local training", "clients", base="LocalTraining"),
 )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from clients.normalization import batch_norms
@@ -33,6 +34,22 @@ def shared_layout(recipe: Recipe, model: nn.Module) -> Layout:
         return Layout(model, share)
     own = {id(parameter) for norm in batch_norms(model) for parameter in norm.parameters()}
     return Layout(model, lambda name, p: id(p) not in own and (share is None or share(name, p)))
+
+
+def unshared(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
+    """The model's tensors that have no place in a shared row: frozen and personal parameters, buffers."""
+    shared = set(layout.names)
+    parameters = {id(p) for name, p in model.named_parameters() if name in shared}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.detach() for name, tensor in tensors.items() if id(tensor) not in parameters}
+
+
+@torch.no_grad()
+def put_unshared(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts tensors that :func:`unshared` gave back into a model, in place."""
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
 
 
 def kept_state(recipe: Recipe, layout: Layout, optimizer: Optimizer, statistics: Statistics | None) -> dict[str, int]:

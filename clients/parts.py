@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import core_schema
@@ -39,7 +39,7 @@ class Part:
             return value
         if isinstance(value, str):
             return cls._named(value, {})
-        if isinstance(value, Mapping) and type(value).__module__.partition(".")[0] != "datasets":
+        if is_table(value):
             settings = {key: setting for key, setting in value.items() if key != "name"}
             if isinstance(value.get("name"), str):
                 return cls._named(value["name"], settings)
@@ -71,6 +71,11 @@ class Part:
         return core_schema.no_info_plain_validator_function(
             cls.of, serialization=core_schema.plain_serializer_function_ser_schema(cls.as_toml)
         )
+
+
+def is_table(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a value is a table of an experiment; Hugging Face's DatasetDict is a mapping too, and an object."""
+    return isinstance(value, Mapping) and type(value).__module__.partition(".")[0] != "datasets"
 
 
 def _describe(thing: Any) -> str:

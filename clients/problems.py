@@ -116,6 +116,8 @@ def _descend(annotation: Any, key: str, value: Any, loc: list[Any]) -> tuple[str
             annotation, loc = tables[0], loc[1:]
         elif _is_table(core) and loc[0] in core.model_fields and isinstance(value, Mapping) and loc[0] in value:
             key, annotation, value, loc = _join(key, loc[0]), _field(core, loc[0]), value[loc[0]], loc[1:]
+        elif get_origin(core) in (dict, Mapping) and isinstance(value, Mapping) and loc[0] in value:
+            key, annotation, value, loc = _join(key, loc[0]), get_args(core)[1], value[loc[0]], loc[1:]
         elif isinstance(loc[0], int) and isinstance(value, Sequence) and get_args(core):
             inner = get_args(core)
             annotation = inner[loc[0]] if loc[0] < len(inner) and Ellipsis not in inner and len(inner) > 1 else inner[0]

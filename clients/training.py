@@ -27,6 +27,7 @@ from clients.batches import Schedule as Batches
 from clients.batches import Work, schedule, work
 from clients.descent import Descent, Rates
 from clients.embedding import keep_padding
+from clients.errors import RequestError
 from clients.examples import Examples, in_precision
 from clients.hooks import ClientData, ClientFailure, Correction, LocalContext, LocalTraining, Variables
 from clients.local_state import CORRECTION, MOMENTS, PERSONAL, RELEASES, STEPS, Stack, kept_state, under
@@ -66,6 +67,20 @@ class Trained:
     state: dict[str, Tensor] = field(default_factory=dict)
     report: dict[str, Tensor] = field(default_factory=dict)
     failures: list[ClientFailure] = field(default_factory=list)
+
+    def finite(self) -> Trained:
+        """The same without the updates that hold NaN or infinite values; each is a failure."""
+        # The sum of a row is finite only if every entry is; an overflow of the sum is looked at closely.
+        finite = torch.isfinite(self.updates.rows.sum(1))
+        if not bool(finite.all()):
+            finite = torch.isfinite(self.updates.rows).all(1)
+        if bool(finite.all()):
+            return self
+        said = "the update holds NaN or infinite values; left out"
+        lost = self.updates.clients[~finite].tolist()
+        failures = [*self.failures, *(ClientFailure(client, "dropped_update", "training", said) for client in lost)]
+        state, report = ({n: value[finite] for n, value in part.items()} for part in (self.state, self.report))
+        return Trained(self.updates.select(finite), self.loss[finite], state, report, failures)
 
 
 class Trainer:
@@ -254,6 +269,8 @@ class Trainer:
                 # Dropout and the like draw from torch's own generator: one key a stack.
                 torch.default_generator.manual_seed(randomness.key(self.seed, "model", round, int(clients[0])))
                 return [self._train(clients, weights, round, state, server)], []
+        except RequestError:
+            raise  # the data, or what the experiment says of them, are wrong for everybody
         except Exception as error:
             if len(clients) == 1:
                 text = "".join(traceback.format_exception(error))
@@ -419,19 +436,8 @@ class Trainer:
                 {name: torch.cat([part.state[name] for part in parts])[order] for name in parts[0].state},
                 {name: torch.cat([part.report[name] for part in parts])[order] for name in parts[0].report},
             )
-        # The sum of a row is finite only if every entry is; an overflow of the sum is looked at closely.
-        finite = torch.isfinite(whole.updates.rows.sum(1))
-        if not bool(finite.all()):
-            finite = torch.isfinite(whole.updates.rows).all(1)
-        for client in whole.updates.clients[~finite].tolist():
-            failures.append(
-                ClientFailure(client, "dropped_update", "training", "the update holds NaN or infinite values; left out")
-            )
-        if not bool(finite.all()):
-            state, report = ({n: value[finite] for n, value in part.items()} for part in (whole.state, whole.report))
-            whole = Trained(whole.updates.select(finite), whole.loss[finite], state, report)
         whole.failures = failures
-        return whole
+        return whole.finite()
 
     def _nothing(self) -> Updates:
         none = torch.zeros(0, dtype=torch.int64)

@@ -200,13 +200,18 @@ def unreached_adapters(model: nn.Module, task: Task, batch: Batch) -> list[str]:
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Adds every adapter's product to its layer's weight and takes the adapter out, in place: the plain model."""
+    """Adds every adapter's product to its layer's weight and takes the adapter out, in place: the plain model.
+
+    A weight that was tied to another layer's is not any more.
+    """
     for layer in list(model.modules()):
         for number, hook in list(layer._forward_hooks.items()):
             if isinstance(hook, _LowRank):
                 own = dict(layer.named_parameters())
                 product = hook.scale * own["lora_B.weight"] @ own["lora_A.weight"]
-                own["weight"].add_(product if isinstance(layer, nn.Linear) else product.T)
+                # A parameter of its own: one that is tied would change the other layer, too.
+                merged = own["weight"] + (product if isinstance(layer, nn.Linear) else product.T)
+                layer.weight = nn.Parameter(merged, requires_grad=own["weight"].requires_grad)
                 del layer.lora_A, layer.lora_B, layer.lora_dropout, layer._forward_hooks[number]
     return model
 

@@ -32,8 +32,9 @@ def load_weights(model: nn.Module, path: Path, key: str = KEY, new: Sequence[str
     Raises:
         RequestError: with a line for each key that is missing, unknown, of another shape or not finite.
     """
-    path = weights_file(path, key)
-    return put_weights(model, _read(path, key), str(path), key, new)
+    file = weights_file(path, key)
+    found = {**(_beside(path) if path.is_dir() else {}), **_read(file, key)}
+    return put_weights(model, found, str(file), key, new)
 
 
 @torch.no_grad()
@@ -52,7 +53,12 @@ def put_weights(
         if id(parameter) not in there | kept
     ]
     for name, tensor in found.items():
-        if name not in wanted:
+        if name not in wanted and ".lora_" in name:
+            problems.append(
+                f"{key}: {path} has {name!r}, of an adapter; merge it first: save"
+                " clients.transfer.merge_adapters(fedsim.load_model(run)).state_dict()"
+            )
+        elif name not in wanted:
             problems.append(f"{key}: {path} has {name!r}, which the model has not{nearest(name, list(wanted))}")
         elif tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
             problems.append(f"{key}: {name!r} is sparse, quantised or complex in {path}; save plain real numbers")
@@ -96,6 +102,16 @@ def _newest_checkpoint(folder: Path, key: str) -> Path:
     if not files:
         raise RequestError(f"{key}: {folder} is a folder without a run's checkpoints; give a file or a run's folder")
     return files[-1]
+
+
+def _beside(run: Path) -> dict[str, Tensor]:
+    """What a run's checkpoints leave out: frozen parameters and buffers, not what stays with its clients."""
+    path = run / "first.safetensors"
+    if not path.is_file():
+        return {}
+    with safetensors.safe_open(path, "pt") as file:
+        personal = json.loads((file.metadata() or {}).get("personal", "[]"))
+        return {name: file.get_tensor(name) for name in file.keys() if name not in personal}  # noqa: SIM118
 
 
 def _read(path: Path, key: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -77,14 +78,12 @@ def assemble(experiment: Experiment) -> Assembly:
     source = Source.of(source)
     expect(source, Source, "data.source", "a fedsim.Source")
     settings = experiment.data.model_copy(update={"client_test_fraction": experiment.client_test_fraction})
-    population = data.build(source, settings, seed, base)
+    precision = torch.float64 if client.precision == "float64" else torch.float32
+    population = data.build(source, settings, seed, base, precision)
     if not len(population.trainable):
         raise RequestError("data: no client has a training example")
     task = catalog.build(experiment.task, "tasks", base, key="task")
     expect(task, Task, "task", "a clients.Task")
-    model = prepare(_model(experiment, population), client, seed)
-    if client.precision == "float64":
-        model.double()
     malicious: tuple[Malicious, ...] = ()
     if experiment.attacks:
         from fedsim import attacking
@@ -94,6 +93,9 @@ def assemble(experiment: Experiment) -> Assembly:
     prepared = _transforms(experiment, "test_transforms", population)
     if prepared is not None:
         population = population.evaluated_by(prepared.change)
+    model = prepare(_model(experiment, population), client, seed)
+    if client.precision == "float64":
+        model.double()
     _set_dropout(experiment, model)
     statistics = Statistics(model)
     setup = Setup(
@@ -154,7 +156,9 @@ def _transforms(experiment: Experiment, which: str, population: Population) -> T
     steps = []
     for part in parts:
         key = f"data.{which}.{part.name}"
-        step = catalog.build(part, "transforms", experiment.base, key=key)
+        found = catalog.load(part, "transforms", experiment.base, key=key)
+        make = catalog.build if inspect.isclass(found) else catalog.build_function
+        step = make(part, "transforms", experiment.base, key=key)
         if not callable(step):
             raise RequestError(f"{key}: {type(step).__name__} cannot be called with inputs")
         steps.append(step)
@@ -165,6 +169,7 @@ def _transforms(experiment: Experiment, which: str, population: Population) -> T
 def _model(experiment: Experiment, population: Population) -> nn.Module:
     """The model with its first weights: a built-in's drawn by name, a user's own as made unless told otherwise."""
     part, seed = experiment.model, experiment.seed
+    _check_classes(experiment, population)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(randomness.key(seed, "model"))
         offered: dict[str, Any] = {"input_shape": population.input_shape, "classes": population.classes}
@@ -183,6 +188,24 @@ def _model(experiment: Experiment, population: Population) -> nn.Module:
     keeps = part.own and "initialization" not in client.model_fields_set
     initialize(model, None if keeps else client.initialization, seed, experiment.base, client.layer_initialization)
     return model
+
+
+def _check_classes(experiment: Experiment, population: Population) -> None:
+    """Refuses a built-in model that has an output for each class where the labels are no classes."""
+    part = experiment.model
+    if part.own or population.classes is not None:
+        return
+    if "classes" not in inspect.signature(catalog.load(part, "models", experiment.base, key="model")).parameters:
+        return
+    columns, label = population.columns, population.label
+    if label not in columns.names:
+        found = f"this source has no column {label!r}"
+    else:
+        real = columns.dtype(label).is_floating_point
+        found = f"column {label!r} of this source holds {'real numbers' if real else 'no whole numbers'}"
+    raise RequestError(
+        f"model: {part.name} needs classes, and {found}; give a model of your own, or labels that are integers"
+    )
 
 
 def _set_dropout(experiment: Experiment, model: nn.Module) -> None:
@@ -206,7 +229,8 @@ def _strategy(experiment: Experiment, population: Population) -> Strategy:
         parts["plugins"] = tuple(
             _built(experiment, f"plugins.{part.name}", "plugins", part, Plugin) for part in experiment.plugins
         )
-    made = catalog.build(said.part, "strategies", experiment.base, key="strategy")
+    weighting = {} if said.weighting is None else {"weighting": said.weighting}
+    made = catalog.build(said.part, "strategies", experiment.base, key="strategy", **weighting)
     expect(made, Strategy, "strategy", "a strategies.Strategy")
     parts["sampling"] = _sampling(experiment, population, made)
     if said.weighting is not None:
@@ -257,12 +281,18 @@ def _check_training(experiment: Experiment, setup: Setup) -> None:
         )
     problems += _adversarial_problems(setup)
     problems += setup.strategy.correction.check(client)
+    problems += setup.strategy.aggregator.check(client)
     correction = setup.strategy.correction
     changes = correction.adds_loss or correction.changes_gradient or correction.client_state
     if client.local_training is not None and changes:
         problems.append(
             f"strategy.correction: {correction!r} acts in the local loop, which client.local_training replaces; give"
             " one of them"
+        )
+    if client.dp_sgd is not None and setup.transforms is not None and setup.transforms.mixes:
+        problems.append(
+            "data.transforms: they mix examples of a batch, or may, against client.dp_sgd; leave mix_up and cut_mix"
+            ' out, and with a transform of your own set data.transforms_by = "example"'
         )
     if client.dp_sgd is not None:
         from clients.dp_sgd import check_private
@@ -285,10 +315,19 @@ def _adversarial_problems(setup: Setup) -> list[str]:
     kind = population.columns.take(torch.zeros(1, dtype=torch.int64))[population.input].dtype
     if not kind.is_floating_point:
         return [f"client.adversarial: it moves real-valued inputs, and {population.input!r} is {kind}; leave it out"]
-    if population.input_range is not None:
-        low, high = population.input_range
-        if said.eps > high - low:
-            return [f"client.adversarial.eps: {said.eps:g} is more than the whole range of the inputs, {low} to {high}"]
+    if population.input_range is None:
+        return []
+    low, high = population.input_range
+    if said.eps > high - low:
+        return [f"client.adversarial.eps: {said.eps:g} is more than the whole range of the inputs, {low} to {high}"]
+    if setup.transforms is not None:
+        few = torch.from_numpy(population.splits["train"].order[:64].copy())
+        x = setup.transforms(population.columns.take(few))[population.input]
+        if float(x.min()) < low - 1e-3 or float(x.max()) > high + 1e-3:
+            return [
+                f"client.adversarial: data.transforms take inputs out of their range, {low} to {high}, which an attack"
+                " stays in; normalise inside the model"
+            ]
     return []
 
 
@@ -317,7 +356,7 @@ def _check_evaluation(experiment: Experiment, setup: Setup) -> None:
             "checks: they look at the server's model, and it has no whole one, since parameters or batch norm's"
             " statistics stay with the clients; leave the checks out, or have the server keep all"
         )
-    if experiment.evaluation.clients and not {"test", "validation"} & set(population.splits):
+    if experiment.clients_evaluate and not {"test", "validation"} & set(population.splits):
         raise RequestError(
             "evaluation.clients: the clients hold no examples to test on; set data.client_test_fraction above 0"
         )
@@ -350,6 +389,12 @@ def _try_out(setup: Setup) -> None:
             evaluator.loss(batch)
     except Exception as error:
         given = ", ".join(f"{name} {str(column.dtype)[6:]} {list(column.shape)}" for name, column in batch.items())
+        if isinstance(error, KeyError) and isinstance(error.args[0], str) and error.args[0] not in batch:
+            raise RequestError(
+                f"model and task: {type(setup.model).__name__} with {type(setup.task).__name__} asks for a column"
+                f" {error.args[0]!r}, and a batch has {given}; name the source's columns so, or give a task of your own"
+                " that reads these"
+            ) from error
         said = str(error) if isinstance(error, FedsimError) else f"{type(error).__name__}: {error}"
         raise RequestError(
             f"model and task: {type(setup.model).__name__} with {type(setup.task).__name__} raises on a batch of"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from clients import catalog
 from clients.data_attacks import AttackContext, DataAttack, malicious_clients
-from clients.errors import RequestError
+from clients.errors import FedsimError, RequestError, RunError
 from clients.updates import Updates
 from fedsim.data.columns import Columns, TensorColumns, derive
 from fedsim.data.population import Population
@@ -73,8 +74,11 @@ class Malicious:
             server_lr=server_lr,
             state={name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)},
         )
-        rows = self.attack.craft(seen.rows, here, told).to(u.rows.dtype)
-        kept = self.attack.remember(seen.rows, here, told)
+        with _named(self.name, "craft", f"round {ctx.round}, "):
+            rows = self.attack.craft(seen.rows, here, told).to(u.rows.dtype)
+            if rows.shape != (int(here.sum()), u.rows.shape[1]):
+                raise ValueError(f"gave rows of shape {list(rows.shape)}; give {[int(here.sum()), u.rows.shape[1]]}")
+            kept = self.attack.remember(seen.rows, here, told)
         return u.select(mine).replace(rows=rows), {f"{prefix}{name}": value for name, value in kept.items()}
 
     def falsify(self, u: Updates, round: int) -> None:
@@ -82,7 +86,26 @@ class Malicious:
         if isinstance(self.attack, DataAttack) and self.attack.changes_update:
             here = np.flatnonzero(np.isin(u.clients.numpy(), self.clients))
             places = torch.from_numpy(here)
-            u.rows[places] = self.attack.update(u.rows[places], u.clients.numpy()[here], round, self.ctx)
+            with _named(self.name, "update", f"round {round}, "):
+                sent = self.attack.update(u.rows[places], u.clients.numpy()[here], round, self.ctx)
+                if sent.shape != (len(here), u.rows.shape[1]):
+                    raise ValueError(f"gave rows of shape {list(sent.shape)}; give {[len(here), u.rows.shape[1]]}")
+            u.rows[places] = sent
+
+
+@contextmanager
+def _named(name: str, half: str, where: str = "") -> Iterator[None]:
+    """Says of an error in an attack's own code whose it was."""
+    try:
+        yield
+    except RequestError as error:
+        lines = [line if line.startswith("attacks.") else f"attacks.{line}" for line in error.problems]
+        raise RequestError(lines) from None
+    except FedsimError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RunError(f"{where}attacks.{name}, {half}: {said}") from error
 
 
 def choose(experiment: Experiment, population: Population) -> tuple[Malicious, ...]:
@@ -92,13 +115,16 @@ def choose(experiment: Experiment, population: Population) -> tuple[Malicious, .
         RequestError: for a client that does not exist or attacks twice, or where too few are left.
     """
     found: list[Malicious] = []
-    free = population.trainable
+    free, taken = population.trainable, set[int]()
     ctx = AttackContext(population.label, population.input, population.classes, population.input_range, experiment.seed)
     for number, said in enumerate(experiment.attacks):
         key = f"attacks.{said.part.name}"
         attack = catalog.build(said.part, "attacks", experiment.base, key=key)
         if not isinstance(attack, DataAttack | ModelAttack):
             raise RequestError(f"{key}: {type(attack).__name__} is no DataAttack and no ModelAttack")
+        twice = sorted(taken & set(said.clients or ()))
+        if twice:
+            raise RequestError(f"{key}.clients: {twice[0]} attacks already; name each client once")
         share = said.fraction
         if share is not None:  # of all clients, whoever else attacks
             share *= len(population.trainable) / max(len(free), 1)
@@ -108,7 +134,7 @@ def choose(experiment: Experiment, population: Population) -> tuple[Malicious, .
             ids = malicious_clients(share, said.clients, free, experiment.seed, f"malicious/{number}")
         except RequestError as error:
             raise RequestError([f"{key}{line.removeprefix('attack')}" for line in error.problems]) from None
-        free = np.setdiff1d(free, ids)
+        free, taken = np.setdiff1d(free, ids), taken | set(ids.tolist())
         found.append(Malicious(said.part.name, attack, ids, ctx))
     return tuple(found)
 
@@ -119,7 +145,9 @@ def poisoned(population: Population, malicious: Sequence[Malicious]) -> Populati
     for group in malicious:
         if isinstance(group.attack, DataAttack) and group.attack.changes_data:
             held = [train.of(client) for client in group.clients.tolist()]
-            columns = derive(columns, Poison(group.attack, group.ctx), torch.from_numpy(np.concatenate(held)))
+            columns = derive(
+                columns, Poison(group.name, group.attack, group.ctx), torch.from_numpy(np.concatenate(held))
+            )
     server = dict(population.server)
     if "test" in server:
         aims = [aim for group in malicious if (aim := _aim(group, server["test"])) is not None]
@@ -132,11 +160,17 @@ def poisoned(population: Population, malicious: Sequence[Malicious]) -> Populati
 class Poison:
     """What an attack makes of training examples, as a change of columns."""
 
+    name: str
     attack: DataAttack
     ctx: AttackContext
 
     def __call__(self, batch: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
-        return self.attack.poison(batch, index, self.ctx)
+        with _named(self.name, "poison"):
+            found = self.attack.poison(batch, index, self.ctx)
+            for name, column in found.items():
+                if name not in batch or column.shape[:1] != index.shape:
+                    raise ValueError(f"gave {name!r} of shape {list(column.shape)} for {len(index)} examples")
+            return found
 
 
 def _aim(group: Malicious, test: Columns) -> dict[str, Tensor] | None:
@@ -145,7 +179,8 @@ def _aim(group: Malicious, test: Columns) -> dict[str, Tensor] | None:
         return None
     parts = []
     for index in torch.arange(len(test)).split(_AT_ONCE):
-        found = group.attack.success(test.take(index), group.ctx)
+        with _named(group.name, "success"):
+            found = group.attack.success(test.take(index), group.ctx)
         if found is None:
             return None
         batch, counts = found

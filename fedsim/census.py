@@ -32,7 +32,8 @@ class Census:
         summary: of all clients: ``clients``, ``examples`` (for training; ``validation`` and ``test`` where clients keep
             some), ``sizes`` (``min``, ``q1``, ``median``, ``q3``, ``max``, ``mean`` of the training examples of a
             client), ``empty`` and ``held_out`` clients, ``attacks`` (kind -> clients), ``server`` (split -> examples),
-            ``partition`` in words, ``classes``, and ``labels``: ``None`` where labels are no classes, else
+            ``matched`` (whether the clients' ``test`` examples are the server's), ``partition`` in words, ``classes``,
+            and ``labels``: ``None`` where labels are no classes, else
 
             - ``clients``: how many clients with training examples the two figures are of (those recorded),
             - ``mean_classes``: how many classes such a client holds, on average,
@@ -74,6 +75,7 @@ def census(population: Population, partition: Part | str = "", attacks: Mapping[
         "held_out": len(population.held_out),
         "attacks": dict(sorted(Counter(attacks.values()).items())),
         "server": {name: len(columns) for name, columns in population.server.items()},
+        "matched": population.matched,
         "partition": in_words(partition),
         "classes": classes if table is not None else None,
         "recorded": len(recorded),

@@ -142,6 +142,11 @@ def _client_conflicts(read: _Reader) -> Iterable[str]:
             "client.early_stopping: clients have no validation examples to stop by; give"
             " data.client_validation_fraction above 0"
         )
+    if read.get("client.personal_epochs") is not None:
+        if stopping is not None:
+            yield "client.early_stopping: it would stop a client in its epochs on personal parameters; drop one"
+        if read.get("client.optimizer_state") == "keep":
+            yield "client.optimizer_state: 'keep' does not go with client.personal_epochs, two phases with one state"
     keeps = "keep" if read.get("client.optimizer_state") == "keep" else None
     schedule = read.get("client.step_schedule")
     schedule = None if _name_of(schedule) == "constant" else schedule
@@ -162,15 +167,8 @@ def _client_conflicts(read: _Reader) -> Iterable[str]:
         return
     if read.get("client.personal_epochs") is not None:
         yield "client.personal_epochs: what client.dp_sgd releases is counted for one phase of training; drop one"
-    if _mixes(read.get("data.transforms")):
-        yield "data.transforms: mix_up and cut_mix mix examples, against client.dp_sgd; drop one"
     if stopping is not None:
         yield "client.early_stopping: it looks at validation examples without noise, against client.dp_sgd; drop one"
-
-
-def _mixes(transforms: Any) -> bool:
-    names = [str(_name_of(part)) for part in transforms] if isinstance(transforms, list | tuple) else []
-    return any(name.lower().replace("_", "") in ("mixup", "cutmix") for name in names)
 
 
 def _amount(read: _Reader, name: str) -> Any:
@@ -183,6 +181,16 @@ def _is_prox(read: _Reader) -> bool:
     table = strategy if isinstance(strategy, Mapping) else {"name": strategy}
     names = [str(_name_of(part)) for part in (table, table.get("correction"))]
     return any(name.lower().replace("_", "") in ("fedprox", "prox") for name in names)
+
+
+def _root_conflicts(read: _Reader) -> Iterable[str]:
+    strategy = read.given.get("strategy", {})
+    table = strategy if isinstance(strategy, Mapping) else {"name": strategy}
+    names = [str(_name_of(part)).lower().replace("_", "") for part in (table, table.get("aggregator"))]
+    given = read.given.get("data", {})
+    own_source = isinstance(given, Mapping) and str(_name_of(given.get("source", "digits"))) != "digits"
+    if "fltrust" in names and not read.get("data.root") and not own_source:
+        yield "data.root: FLTrust trains on examples that the server holds and has labels of; give data.root above 0"
 
 
 def _name_conflicts(read: _Reader) -> Iterable[str]:
@@ -203,4 +211,5 @@ _CHECKS: tuple[Callable[[_Reader], Iterable[str]], ...] = (
     _evaluation_conflicts,
     _batch_norm_conflicts,
     _client_conflicts,
+    _root_conflicts,
 )

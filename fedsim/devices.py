@@ -48,7 +48,7 @@ class Devices:
         return self._uniform("device dropout", clients, work) < self.said.dropout
 
     def present(self, clients: np.ndarray, time: float) -> np.ndarray:
-        """Which clients are there at a time, ``bool [k]``: each in a part of every period, from a time of its own on."""
+        """Which clients are there at a time, ``bool [k]``: each in a part of every period that begins when it likes."""
         if self.said.available == 1:
             return np.ones(len(clients), dtype=bool)
         phase = self._uniform("device phase", clients)

@@ -16,7 +16,7 @@ import fedsim.kinds  # noqa: F401  (declares what only the simulator names)
 import strategies.kinds  # noqa: F401  (declares what the server side of an experiment may name)
 from clients import catalog, problems
 from clients.errors import RequestError
-from clients.parts import Part
+from clients.parts import Part, is_table
 from clients.recipe import BatchNorm, Count, NonNegative, Positive, Recipe, Settings
 from fedsim import overriding, writing
 from fedsim.conflicts import conflicts, counted, only_clients_test
@@ -75,7 +75,7 @@ class Named(Section):
     def _gather(cls, given: Any) -> Any:
         if isinstance(given, cls):
             return given
-        if not isinstance(given, Mapping):
+        if not is_table(given):
             return {"part": Part.of(given)}
         table = {name: value for name, value in given.items() if name in cls.own_keys()}
         default = cls.model_fields["part"].default
@@ -158,6 +158,8 @@ class AttackSettings(Named):
     def _either(self) -> AttackSettings:
         if (self.fraction is None) == (self.clients is None):
             raise ValueError("give fraction or clients, to say who attacks")
+        if self.clients is not None and not self.clients:
+            raise ValueError("clients names nobody; give ids, or leave the attack out")
         return self
 
 
@@ -204,13 +206,14 @@ class EvaluationSettings(Section):
             likewise, with the running statistics of its own training. ``auto``: ``clients`` where batch norm is local,
             ``shared`` where clients send statistics, else ``recalibrate``.
         batch_size: examples evaluated at once.
-        clients: whether clients evaluate on their own test and validation examples too.
+        clients: whether clients evaluate on their own test and validation examples too; left out, they do where
+            ``data.client_test_fraction`` says that they test.
     """
 
     every: Count = 5
     batch_norm: Literal["auto", BatchNorm] = "auto"
     batch_size: Count = 512
-    clients: bool = False
+    clients: bool | None = None
 
 
 class DeviceSettings(Section):
@@ -347,6 +350,12 @@ class Experiment(Section):
         client = self.client
         return 0.2 if only_clients_test(client.batch_norm, self.evaluation.batch_norm, client.personal) else 0.0
 
+    @property
+    def clients_evaluate(self) -> bool:
+        """Whether clients evaluate on examples of their own beside the server."""
+        said = self.evaluation.clients
+        return bool(self.data.client_test_fraction) if said is None else said
+
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults filled in, as plain values; what is left out (None) is not there."""
         table = writing.plain(self, self.base)
@@ -354,8 +363,11 @@ class Experiment(Section):
         if not told and counted(table):  # a strategy of the user's own may choose its clients itself
             trainable = self.data.clients - self.data.held_out_clients
             table["strategy"]["clients_per_round"] = self.strategy.cohort_size(trainable)
+        table["evaluation"]["clients"] = self.clients_evaluate
         told_data = {**table["data"], "client_test_fraction": self.client_test_fraction}
         table["data"] = {name: told_data[name] for name in DataSettings.model_fields if name in told_data}
+        if self.client.steps is not None:
+            del table["client"]["epochs"]  # steps are instead of them
         if not self.client.optimizer.own:
             table["client"]["lr"] = self.client.learning_rate
         if self.model.own and "initialization" not in self.client.model_fields_set:
@@ -429,7 +441,7 @@ def _with_default_names(given: dict[str, Any]) -> dict[str, Any]:
     """Tables that name no part are about the default one: ``model.norm`` alone is the MLP's."""
     for place, holder, name in list(_places(given)):
         value = holder[name]
-        if place.endswith(("[]", "{}")) or not isinstance(value, Mapping) or "name" in value:
+        if place.endswith(("[]", "{}")) or not is_table(value) or "name" in value:
             continue
         model: Any = Experiment
         *path, last = place.split(".")
@@ -458,11 +470,11 @@ def _places(table: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         *path, last = key.rstrip("[]{}").split(".")
         holder: Any = table
         for name in path:
-            holder = holder.get(name) if isinstance(holder, Mapping) else None
-        if not isinstance(holder, Mapping) or holder.get(last) is None:
+            holder = holder.get(name) if is_table(holder) else None
+        if not is_table(holder) or holder.get(last) is None:
             continue
         if key.endswith("{}"):
-            if isinstance(holder[last], Mapping):
+            if is_table(holder[last]):
                 yield from ((key, holder[last], name) for name in list(holder[last]))
         elif not key.endswith("[]"):
             yield key, holder, last
@@ -480,7 +492,7 @@ def _check_parts(given: dict[str, Any], base: Path) -> list[str]:
         if place.endswith(("[]", "{}")):
             key = f"{place[:-2]}.{_name_of(value) if place.endswith('[]') else name}"
         try:
-            if place in tables and isinstance(value, Mapping):
+            if place in tables and is_table(value):
                 default = None if place.endswith("[]") else Experiment.model_fields[place].default.part
                 part = named_part(value, own_keys, default)
             else:
@@ -493,10 +505,10 @@ def _check_parts(given: dict[str, Any], base: Path) -> list[str]:
         wrong = catalog.check(part, kind, base, key=key, beside=["name", *own_keys])
         if not wrong and not part.own:
             canonical = catalog.canonical(kind, part.name)
-            holder[name] = {**value, "name": canonical} if isinstance(value, Mapping) else canonical
+            holder[name] = {**value, "name": canonical} if is_table(value) else canonical
         lines += wrong
     return lines
 
 
 def _name_of(value: Any) -> str:
-    return str(value.get("name", "?")) if isinstance(value, Mapping) else str(value)
+    return str(value.get("name", "?")) if is_table(value) else str(value)

@@ -25,6 +25,8 @@ def notes(setup: Setup, source: str) -> list[str]:
         ]
     if batch_norms(setup.model):
         found.append(_batch_norm_note(setup, source))
+    if setup.malicious:
+        found.append(_attack_note(setup))
     if setup.recipe.adversarial is not None:
         found.append("The training loss is that of the batches as they were trained on, adversarial inputs included.")
     if setup.recipe.dp_sgd is not None:
@@ -53,6 +55,17 @@ def _batch_norm_note(setup: Setup, source: str) -> str:
         "clients_stored": "Clients tested, each with batch norm's running statistics of its own training, or of its"
         f" training inputs where it has not trained yet; {stays}.",
     }[setup.batch_norm]
+
+
+def _attack_note(setup: Setup) -> str:
+    told = [
+        f"{len(group.clients)} clients attack by {group.name} (on the {group.attack.acts_on}; each knows"
+        f" {group.attack.knows}{'; they act together' if group.attack.colludes else ''})"
+        for group in setup.malicious
+    ]
+    aims = "attack" in setup.population.server
+    blind = " Their success was not judged, since the server has no whole model." if aims else ""
+    return f"{'; '.join(told)}.{'' if setup.server_has_all else blind}"
 
 
 def _privacy_note(dp: DpSgd) -> str:

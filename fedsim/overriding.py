@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from clients.errors import RequestError, nearest
-from clients.parts import Part
+from clients.parts import Part, is_table
 
 #: The keys of an experiment that hold lists of parts.
 LISTS = ("attacks", "plugins", "checks")
@@ -23,10 +23,10 @@ def as_given(value: Any) -> Any:
     if isinstance(value, BaseModel):
         table = {name: as_given(getattr(value, name)) for name in value.model_fields_set}
         named = table.pop("part", None)
-        return table if named is None else {**(named if isinstance(named, Mapping) else {"name": named}), **table}
+        return table if named is None else {**(named if is_table(named) else {"name": named}), **table}
     if isinstance(value, Part):
         return value if value.thing is not None else value.as_toml()
-    if isinstance(value, Mapping):
+    if is_table(value):
         return {name: as_given(item) for name, item in value.items()}
     return [as_given(item) for item in value] if isinstance(value, list | tuple) else value
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from clients import catalog
 from clients.errors import RequestError
+from clients.local_state import put_unshared, unshared
 from clients.transfer import frozen_size
-from clients.weight_files import weights_file
 from clients.weights import Layout
 from fedsim import checking
 from fedsim.assembly import Assembly, assemble, choose_engine, make_engine, multiply_adds
 from fedsim.census import census
+from fedsim.data.fingerprint import fingerprint
 from fedsim.engines.engine import Engine, cores
 from fedsim.execution import chunk_sizes
 from fedsim.experiment import PLACES, Experiment
@@ -156,6 +157,8 @@ def run(
         stack.enter_context(store)
         if going_on:
             _same_sources(experiment, store)
+            _same_data(assembly, store)
+            put_unshared(assembly.setup.model, store.first())
         under_way = _begin(assembly, hired, store, checks)
         return _to_the_end(under_way, store, directory, show, callbacks)
 
@@ -262,6 +265,8 @@ def plan(
         "clients_per_chunk": stack_size,
         "bytes_up_per_round": cohort * ((layout.size + shared) * layout.dtype.itemsize + 8),
         "bytes_down_per_round": cohort * (layout.size + shared) * layout.dtype.itemsize,
+        "bytes_saved_per_round": 2 * cohort * setup.unsent * layout.dtype.itemsize,
+        "malicious_clients": sum(len(group.clients) for group in setup.malicious),
         "megabytes_of_weights": (rows + block * stack_size * (2 + len(setup.optimizer.state)) * parallel) / 1e6,
         "minutes": each * cohort * experiment.rounds / parallel / 60,
         "multiply_adds": multiply_adds(assembly),
@@ -347,6 +352,15 @@ def _same_sources(experiment: Experiment, store: RunStore) -> None:
         )
 
 
+def _same_data(assembly: Assembly, store: RunStore) -> None:
+    before = store.manifest.get("data", {}).get("sha256")
+    if before is not None and before != fingerprint(assembly.setup.population):
+        raise RequestError(
+            "data: the examples, or how they are dealt, have changed since the run began; restore them, or start"
+            " another run"
+        )
+
+
 def _prepare(experiment: Experiment, stack: ExitStack) -> tuple[Assembly, Engine]:
     """The real things and an engine; workers load their libraries while the data are read."""
     early = None
@@ -366,7 +380,8 @@ def _open(directory: Path, assembly: Assembly, engine: Engine, going_on: bool) -
     setup = assembly.setup
     attacks = {client: group.name for group in setup.malicious for client in group.clients.tolist()}
     counted = census(setup.population, assembly.experiment.data.partition, attacks)
-    return RunStore.create(directory, toml, manifest(assembly, engine), setup.layout.shapes, counted)
+    first, personal = unshared(setup.model, setup.layout), setup.layout.personal.names
+    return RunStore.create(directory, toml, manifest(assembly, engine), setup.layout.shapes, counted, first, personal)
 
 
 def _begin(assembly: Assembly, engine: Engine, store: StateStore, checks: dict[str, Check] | None = None) -> _Run:
@@ -419,6 +434,7 @@ def manifest(assembly: Assembly, engine: Engine) -> dict[str, Any]:
             "higher_is_better": assembly.setup.task.higher_is_better,
         },
         "sources": _sources(experiment),
+        "data": {"sha256": fingerprint(assembly.setup.population)},
         "privacy": privacy(experiment.client.dp_sgd) if experiment.client.dp_sgd is not None else None,
         "command": ["fedsim" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name, *sys.argv[1:]],
     }
@@ -432,18 +448,13 @@ def _version(package: str) -> str:
 
 
 def _sources(experiment: Experiment) -> dict[str, str]:
-    """Key -> SHA-256 of the file that a user's own part is defined in, and of the weights that a run starts from."""
+    """Key -> SHA-256 of the file that a user's own part is defined in."""
     found = {}
     for key, kind in PLACES.items():
         for place, part in experiment.parts(key):
             digest = catalog.source_hash(part, kind, experiment.base)
             if digest is not None:
                 found[place] = digest
-    start = experiment.client.initialization
-    if not start.own and catalog.canonical("initializations", start.name) == "file":
-        path = weights_file(experiment.base / Path(start.settings["path"]).expanduser())
-        with open(path, "rb") as file:
-            found["client.initialization.path"] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 

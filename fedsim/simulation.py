@@ -41,6 +41,9 @@ _EPSILON = "dp_sgd/epsilon"
 #: Seconds on the clients' devices so far.
 _CLOCK = "clock"
 
+#: Client state that goes with the server's, and advances only in rounds in which that does.
+_WITH_SERVER = ("correction/", "plugin/")
+
 ClientState = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -81,10 +84,12 @@ class Present:
     Attributes:
         clients: how many clients there are in all.
         trainable: ``int64`` ids of those that can be asked to train now.
+        examples: ``int64 [clients]``, how many training examples each holds.
     """
 
     clients: int
     trainable: np.ndarray
+    examples: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -219,13 +224,17 @@ class Simulation:
         raised = [event for event in found.events if event.kind in ("client_failed", "too_few_examples")]
         if number == 1 and len(cohort) and len(raised) == len(cohort):
             raise RunError(f"round 1: all {len(cohort)} clients failed; client {raised[0].client}: {raised[0].message}")
+        assumed = getattr(self.strategy.aggregator, "num_malicious", None)
+        if record.malicious is not None and assumed is not None and record.malicious > assumed:
+            message = f"{record.malicious} of {record.cohort} clients attacked, and the rule assumes at most {assumed}"
+            record.events.append(Event(number, "assumption_exceeded", message))
         if work.seconds is not None:
             self.state[_CLOCK] = self.state[_CLOCK] + work.seconds
         if work.dropped:
             listed = ", ".join(map(str, work.dropped[:5])) + (", ..." if len(work.dropped) > 5 else "")
             message = f"{len(work.dropped)} clients began and never answered: {listed}"
             record.events.append(Event(number, "dropped_out", message, work.dropped[0], "training"))
-        self._combine(found, ctx, record)
+        moved = self._combine(found, ctx, record)
         self.round = number
         if self.queue is not None:
             needed = self.queue.versions
@@ -233,6 +242,7 @@ class Simulation:
         self._staged = {
             name: (torch.cat([ids for ids, _ in parts]), torch.cat([rows for _, rows in parts]))
             for name, parts in found.state.items()
+            if moved or not name.startswith(_WITH_SERVER)
         }
         if number % self.experiment.evaluation.every == 0 or number == self.experiment.rounds:
             self.judge(record)
@@ -249,7 +259,7 @@ class Simulation:
         if self.devices is not None:
             trainable = self.population.trainable
             there = trainable[self.devices.present(trainable, float(self.state[_CLOCK]))]
-            ctx = replace(ctx, population=Present(self.population.clients, there))
+            ctx = replace(ctx, population=Present(self.population.clients, there, self.population.examples))
         cohort, dropped, seconds = self._cohort(ctx), np.empty(0, dtype=np.int64), None
         began = len(cohort)
         if self.devices is not None:
@@ -450,24 +460,25 @@ class Simulation:
 
     # ------------------------------------------------------------------------------------------ combining
 
-    def _combine(self, found: _Collected, ctx: Context, record: RoundRecord) -> None:
-        """Moves the weights; or keeps them, and says why."""
+    def _combine(self, found: _Collected, ctx: Context, record: RoundRecord) -> bool:
+        """Moves the weights; or keeps them, and says why. Whether it moved them."""
         needed = max(self.experiment.strategy.min_clients, self.strategy.aggregator.min_rows)
         if record.completed < needed or found.total is None:
             message = f"{record.completed} of {record.cohort} clients' updates are usable and {needed} are needed"
             record.events.append(Event(ctx.round, "cohort_too_small", f"{message}; the weights are kept"))
-            return
+            return False
         row, state, info = self.strategy.aggregate(found.total, self._pooled(found.total), ctx)
         if not bool(torch.isfinite(row).all()):
             message = f"{self.strategy!r} made NaN or infinite weights of finite updates; the weights are kept"
             record.events.append(Event(ctx.round, "weights_not_finite", message))
-            return
+            return False
         self.weights, self.state = row, state
         for name, values in info.items():
             by_client = values.tolist() if isinstance(values, Tensor) else list(values)
             told = dict(zip(found.total.clients.tolist(), by_client, strict=True))
             for client in record.clients:
                 client[name] = told.get(client["client"])
+        return True
 
     def _pooled(self, total: Updates) -> dict[str, Any]:
         """The state with the cohort's batch-norm statistics, where clients shared them and their weights allow it."""
@@ -490,7 +501,7 @@ class Simulation:
             for split in ("test", "validation", "attack"):
                 if split in self.population.server:
                     metrics[split] = self.evaluate(self.weights, split)
-        if self.experiment.evaluation.clients or not self.setup.server_has_all:
+        if self.experiment.clients_evaluate or not self.setup.server_has_all:
             for split in ("test", "validation"):
                 if split in self.population.splits:
                     metrics[f"client_{split}"] = self._judge_clients(split, record)

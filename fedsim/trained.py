@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from clients.errors import RequestError, RunError
+from clients.local_state import put_unshared
 from fedsim.assembly import assemble
 from fedsim.engines.inline import Inline
 from fedsim.experiment import Experiment
@@ -30,7 +31,14 @@ def load_model(directory: Path | str, client: int | None = None, experiment: Exp
     directory = Path(directory)
     recorded = read_experiment(directory)
     if experiment is None:
-        experiment = Experiment(directory, **recorded)
+        try:
+            experiment = Experiment(directory, **recorded)
+        except RequestError as error:
+            made = [
+                line.replace("run the Python file that makes it", "give load_model(..., experiment=...)")
+                for line in error.problems
+            ]
+            raise RequestError(made) from None
     elif different := experiment.difference(recorded):
         raise RequestError(f"{directory}: the run's experiment was another one, in {', '.join(different)}")
     setup = assemble(experiment).setup
@@ -45,6 +53,7 @@ def load_model(directory: Path | str, client: int | None = None, experiment: Exp
         checkpoint = store.resume()
         if checkpoint is None:
             raise RunError(f"{directory}: the run has not committed a round yet")
+        put_unshared(setup.model, store.first())
         engine.start(setup)
         simulation = Simulation(experiment, setup, engine, store)
         simulation.restore(checkpoint.round, checkpoint.tensors)

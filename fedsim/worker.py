@@ -251,7 +251,7 @@ class Worker:
         trained = self.trainer.train(chunk.clients, broadcast["weights"], broadcast["round"], state, server)
         for group in self.setup.malicious:
             group.falsify(trained.updates, broadcast["round"])
-        return trained
+        return trained.finite() if self.setup.malicious else trained
 
     @staticmethod
     def _places(chunk: Chunk, u: Updates) -> Tensor:

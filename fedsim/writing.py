@@ -44,12 +44,15 @@ def with_defaults(value: Any, kind: str, base: Path) -> Any:
     """A part's plain value, paths made absolute, with its settings' defaults as far as its source tells them."""
     table = value if isinstance(value, dict) else {"name": value}
     try:
-        entry = catalog.describe(Part.of(table), kind, base)
+        part = Part.of(table)
+        entry = catalog.describe(part, kind, base)
     except (RequestError, ValueError):
         return value
     if entry is None:
         return value
     settings = entry.settings
+    # A Partitioner's seed that is left out is the experiment's, whatever its class says.
+    drawn = ("seed",) if kind == "partitions" and part.own else ()
     given = {
         name: Path(known.given(table, name)).expanduser()
         for name, known in settings.items()
@@ -59,7 +62,7 @@ def with_defaults(value: Any, kind: str, base: Path) -> Any:
     defaults = {
         name: plain(known.default, base)
         for name, known in settings.items()
-        if name not in {**table, **paths} and known.default not in (REQUIRED, COMPUTED, None)
+        if name not in {**table, **paths, **dict.fromkeys(drawn)} and known.default not in (REQUIRED, COMPUTED, None)
     }
     if not paths and not defaults:
         return value

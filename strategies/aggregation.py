@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clients.described import Described
 from clients.errors import RunError
+from clients.recipe import Recipe
 from clients.updates import Updates
 from strategies.context import Context
 
@@ -30,6 +31,14 @@ class Aggregator(Described):
     needs: Literal["sum", "rows"] = "sum"
     min_rows: int = 1
     needs_loss_before: bool = False
+
+    def check(self, recipe: Recipe) -> list[str]:
+        """What of local training does not go with the rule, one line a key (``client.optimizer: ...``)."""
+        return []
+
+    def fits(self, strategy: Any) -> list[str]:
+        """What of the strategy that it is part of does not go with the rule, one line a key."""
+        return []
 
     def init(self, ctx: Context) -> State:
         """The rule's first state: a dict of tensors."""

@@ -52,11 +52,5 @@ class FedBuff(Strategy):
     """
 
     def __init__(self, concurrency: Count = 20, exponent: NonNegative = 0.5, lr: Positive = 1.0, **parts: Any):
-        super().__init__(
-            **{
-                "concurrency": concurrency,
-                "aggregator": Buffered(exponent),
-                "server_optimizer": SGD(lr),
-                **parts,
-            }
-        )
+        super().__init__(**{"aggregator": Buffered(exponent), "server_optimizer": SGD(lr), **parts})
+        self.concurrency = concurrency

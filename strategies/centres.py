@@ -89,6 +89,8 @@ def centered_clipping_shares(
     """:func:`centered_clipping`, and how much of ``x_k - center`` is in it: ``float64 [n]``."""
     array = checked("centered_clipping", rows)
     _check_radius("centered_clipping", radius)
+    if iterations < 1:
+        raise RequestError(f"centered_clipping.iterations: {iterations} is not at least 1")
     middle = _one_row("centered_clipping.center", center, array)
     n = len(array)
     if iterations == 1:

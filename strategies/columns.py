@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, TypeVar
 
 import numpy as np
@@ -43,7 +44,7 @@ def checked(rule: str, rows: Tensor, num_malicious: int = 0, *, least: int = 1, 
     if not isinstance(rows, Tensor) or rows.dim() != 2 or not rows.dtype.is_floating_point or not len(rows):
         what = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
         raise RequestError(f"{rule}: needs floating-point rows [n, d] with n above 0, not {what}")
-    if isinstance(num_malicious, bool) or not isinstance(num_malicious, int) or num_malicious < 0:
+    if not whole(num_malicious):
         raise RequestError(f"{rule}.num_malicious: {num_malicious!r} is not a whole number of at least 0")
     if len(rows) < least:
         raise RequestError(
@@ -52,6 +53,11 @@ def checked(rule: str, rows: Tensor, num_malicious: int = 0, *, least: int = 1, 
         )
     plain = rows.detach().cpu()
     return (plain if plain.dtype in (torch.float32, torch.float64) else plain.to(torch.float32)).numpy()
+
+
+def whole(number: Any) -> bool:
+    """Whether something is a whole number of at least 0, one of NumPy's included."""
+    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= 0
 
 
 def refuse_not_finite(rule: str, array: np.ndarray) -> None:

@@ -30,6 +30,11 @@ class People(Protocol):
         """``int64`` ids of those that can be asked to train: with data, and not held out."""
         ...
 
+    @property
+    def examples(self) -> np.ndarray:
+        """``int64 [clients]``, how many training examples each holds."""
+        ...
+
 
 @dataclass(frozen=True)
 class Context:

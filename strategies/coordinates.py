@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from strategies.columns import by_column, checked, each_block, refuse_not_finite, row_of
+from clients.errors import RequestError
+from strategies.columns import by_column, checked, each_block, refuse_not_finite, row_of, whole
 
 
 def median(rows: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def trimmed_mean(rows: Tensor, num_malicious: int) -> Tensor:
     Raises:
         RequestError: for n <= 2f, or rows that are not finite.
     """
-    least = 2 * num_malicious + 1 if isinstance(num_malicious, int) else 1
+    least = 2 * num_malicious + 1 if whole(num_malicious) else 1
     array = checked("trimmed_mean", rows, num_malicious, least=least, why="n > 2f")
     kept = slice(num_malicious, len(array) - num_malicious)
     result = by_column(array, lambda block: _mean(block[:, kept]))
@@ -65,6 +66,8 @@ def mean_around_median(rows: Tensor, num_kept: int) -> Tensor:
         ``[d]`` in the rows' dtype.
     """
     array = checked("mean_around_median", rows)
+    if not 1 <= num_kept <= len(array):
+        raise RequestError(f"mean_around_median.num_kept: {num_kept} is not from 1 to n = {len(array)}")
     return row_of(around_median("mean_around_median", array, np.arange(len(array)), num_kept), rows)
 
 
@@ -123,4 +126,4 @@ def _finite(rule: str, array: np.ndarray, result: np.ndarray) -> np.ndarray:
 def _mean(block: np.ndarray) -> np.ndarray:
     """``[b, m] -> [b]``; equal values give that very value, since only what lies beyond the lowest is added up."""
     low = block[:, :1].astype(np.float64)
-    return low[:, 0] + (block - low).mean(1)
+    return low[:, 0] + (block - low) @ np.ones(block.shape[1]) / block.shape[1]

@@ -50,7 +50,8 @@ def gram(rule: str, array: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """
 
     def work(columns: slice) -> np.ndarray:
-        moved = np.subtract(array[:, columns], centre[columns], dtype=np.float64)
+        moved = array[:, columns].astype(np.float64)
+        moved -= centre[columns]
         return moved @ moved.T
 
     return _added(rule, array, work, np.zeros((len(array), len(array))))

@@ -9,7 +9,7 @@ from torch import Tensor
 from clients import randomness
 from clients.errors import RequestError
 from strategies.aggregation import mean
-from strategies.columns import checked, each_block, row_of
+from strategies.columns import checked, each_block, row_of, whole
 from strategies.distances import central, squared_distances
 
 
@@ -63,7 +63,7 @@ def nearest_neighbor_mixing(rows: Tensor, num_malicious: int) -> Tensor:
     Raises:
         RequestError: for n <= 2f, or rows that are not finite.
     """
-    least = 2 * num_malicious + 1 if isinstance(num_malicious, int) else 1
+    least = 2 * num_malicious + 1 if whole(num_malicious) else 1
     array = checked("nearest_neighbor_mixing", rows, num_malicious, least=least, why="n > 2f")
     n = len(array)
     square = squared_distances("nearest_neighbor_mixing", array)

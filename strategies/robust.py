@@ -41,7 +41,10 @@ class _Rule(Aggregator):
 
 @dataclass(frozen=True)
 class MedianRule(_Rule):
-    """Coordinate-wise median (Yin et al. 2018), see :func:`strategies.median`. No state; any cohort."""
+    """Coordinate-wise median (Yin et al. 2018).
+
+    See :func:`strategies.median`. No state; any cohort.
+    """
 
     name = "median"
 
@@ -51,9 +54,9 @@ class MedianRule(_Rule):
 
 @dataclass(frozen=True)
 class TrimmedMeanRule(_Rule):
-    """Coordinate-wise mean without f values at either end (Yin et al. 2018), see :func:`strategies.trimmed_mean`.
+    """Coordinate-wise mean without f values at either end (Yin et al. 2018).
 
-    No state; needs n > 2f.
+    See :func:`strategies.trimmed_mean`. No state; needs n > 2f.
 
     Args:
         num_malicious: f.
@@ -73,9 +76,9 @@ class TrimmedMeanRule(_Rule):
 
 @dataclass(frozen=True)
 class KrumRule(_Rule):
-    """The row with the nearest neighbours (Blanchard et al. 2017), see :func:`strategies.krum`.
+    """The row with the nearest neighbours (Blanchard et al. 2017).
 
-    No state; needs n >= 2f + 3. Records ``kept``.
+    See :func:`strategies.krum`. No state; needs n >= 2f + 3. Records ``kept``.
 
     Args:
         num_malicious: f.
@@ -96,9 +99,9 @@ class KrumRule(_Rule):
 
 @dataclass(frozen=True)
 class MultiKrumRule(_Rule):
-    """The mean of the rows with the best Krum scores (Blanchard et al. 2017), see :func:`strategies.multi_krum`.
+    """The mean of the rows with the best Krum scores (Blanchard et al. 2017).
 
-    No state; needs n >= 2f + 3 and n >= m + f. Records ``kept``.
+    See :func:`strategies.multi_krum`. No state; needs n >= 2f + 3 and n >= m + f. Records ``kept``.
 
     Args:
         num_malicious: f.
@@ -121,9 +124,9 @@ class MultiKrumRule(_Rule):
 
 @dataclass(frozen=True)
 class BulyanRule(_Rule):
-    """Krum again and again, then a mean around the median (El Mhamdi et al. 2018), see :func:`strategies.bulyan`.
+    """Krum again and again, then a mean around the median (El Mhamdi et al. 2018).
 
-    No state; needs n >= 4f + 3. Records ``kept``: who is in the second half.
+    See :func:`strategies.bulyan`. No state; needs n >= 4f + 3. Records ``kept``: who is in the second half.
 
     Args:
         num_malicious: f.
@@ -144,9 +147,9 @@ class BulyanRule(_Rule):
 
 @dataclass(frozen=True)
 class GeometricMedianRule(_Rule):
-    """The point with the least sum of distances (Pillutla et al. 2022), see :func:`strategies.geometric_median`.
+    """The point with the least sum of distances (Pillutla et al. 2022).
 
-    No state; any cohort. Records ``share``.
+    See :func:`strategies.geometric_median`. No state; any cohort. Records ``share``.
 
     Args:
         weigh_by: ``examples`` as in the paper, where a client that reports many counts for many; or ``uniform``.
@@ -189,9 +192,9 @@ class CenteredClippingRule(_Rule):
 
 @dataclass(frozen=True)
 class NormBoundingRule(_Rule):
-    """A mean of updates of bounded norm (Sun et al. 2019), see :func:`strategies.norm_bounding`.
+    """A mean of updates of bounded norm (Sun et al. 2019).
 
-    No state; any cohort. Records ``share``.
+    See :func:`strategies.norm_bounding`. No state; any cohort. Records ``share``.
 
     Args:
         radius: M; left out, the median norm of the round's updates.
@@ -234,10 +237,10 @@ class FLTrustRule(_Rule):
 
 @dataclass(frozen=True)
 class DnCRule(_Rule):
-    """Drops what lies farthest along the main direction (Shejwalkar and Houmansadr 2021), see :func:`strategies.dnc`.
+    """Drops what lies farthest along the main direction (Shejwalkar and Houmansadr 2021).
 
-    No state; needs n > 2f, and more rows than an iteration drops. Coordinates are drawn anew every round. Records
-    ``kept``.
+    See :func:`strategies.dnc`. No state; needs n > 2f, and more rows than an iteration drops. Coordinates are drawn
+    anew every round. Records ``kept``.
 
     Args:
         num_malicious: f.
@@ -271,10 +274,10 @@ class DnCRule(_Rule):
 
 @dataclass(frozen=True)
 class SignMajorityRule(_Rule):
-    """Each client votes with the signs of its update (Bernstein et al. 2019), see :func:`strategies.sign_majority`.
+    """Each client votes with the signs of its update (Bernstein et al. 2019).
 
-    No state; any cohort. The signs are taken where the rows arrive, so that an attacker has one vote whatever it sends.
-    The result is -1, 0 or 1: give the server a learning rate.
+    See :func:`strategies.sign_majority`. No state; any cohort. The signs are taken where the rows arrive, so that an
+    attacker has one vote whatever it sends. The result is -1, 0 or 1: give the server a learning rate.
     """
 
     name = "sign_majority"

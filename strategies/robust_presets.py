@@ -12,7 +12,9 @@ from strategies.strategy import Strategy
 
 
 class Median(Strategy):
-    """The coordinate-wise median of the updates (Yin et al. 2018), see :class:`MedianRule`.
+    """The coordinate-wise median of the updates (Yin et al. 2018).
+
+    See :class:`MedianRule`.
 
     Args:
         **parts: other parts of the composition, see :class:`Strategy`.
@@ -23,7 +25,9 @@ class Median(Strategy):
 
 
 class TrimmedMean(Strategy):
-    """The coordinate-wise mean without f values at either end (Yin et al. 2018), see :class:`TrimmedMeanRule`.
+    """The coordinate-wise mean without f values at either end (Yin et al. 2018).
+
+    See :class:`TrimmedMeanRule`.
 
     Args:
         num_malicious: f; a round needs more than 2f updates.
@@ -35,7 +39,9 @@ class TrimmedMean(Strategy):
 
 
 class Krum(Strategy):
-    """The update with the nearest neighbours (Blanchard et al. 2017), see :class:`KrumRule`.
+    """The update with the nearest neighbours (Blanchard et al. 2017).
+
+    See :class:`KrumRule`.
 
     Args:
         num_malicious: f; a round needs 2f + 3 updates.
@@ -47,7 +53,9 @@ class Krum(Strategy):
 
 
 class MultiKrum(Strategy):
-    """The mean of the updates with the best Krum scores (Blanchard et al. 2017), see :class:`MultiKrumRule`.
+    """The mean of the updates with the best Krum scores (Blanchard et al. 2017).
+
+    See :class:`MultiKrumRule`.
 
     Args:
         num_malicious: f; a round needs 2f + 3 updates.
@@ -60,7 +68,9 @@ class MultiKrum(Strategy):
 
 
 class Bulyan(Strategy):
-    """Krum again and again, then a mean around the median (El Mhamdi et al. 2018), see :class:`BulyanRule`.
+    """Krum again and again, then a mean around the median (El Mhamdi et al. 2018).
+
+    See :class:`BulyanRule`.
 
     Args:
         num_malicious: f; a round needs 4f + 3 updates.
@@ -72,7 +82,9 @@ class Bulyan(Strategy):
 
 
 class GeometricMedian(Strategy):
-    """RFA: the point with the least sum of distances (Pillutla et al. 2022), see :class:`GeometricMedianRule`.
+    """RFA: the point with the least sum of distances (Pillutla et al. 2022).
+
+    See :class:`GeometricMedianRule`.
 
     Args:
         weigh_by: ``examples`` as in the paper, or ``uniform``.
@@ -84,7 +96,9 @@ class GeometricMedian(Strategy):
 
 
 class CenteredClipping(Strategy):
-    """Updates clipped around the last round's result (Karimireddy et al. 2021), see :class:`CenteredClippingRule`.
+    """Updates clipped around the last round's result (Karimireddy et al. 2021).
+
+    See :class:`CenteredClippingRule`.
 
     Args:
         radius: tau; left out, the median distance to the center.
@@ -97,7 +111,9 @@ class CenteredClipping(Strategy):
 
 
 class NormBounding(Strategy):
-    """The mean of updates of bounded norm (Sun et al. 2019), see :class:`NormBoundingRule`.
+    """The mean of updates of bounded norm (Sun et al. 2019).
+
+    See :class:`NormBoundingRule`.
 
     Args:
         radius: M; left out, the median norm of the round's updates.
@@ -110,7 +126,9 @@ class NormBounding(Strategy):
 
 
 class FLTrust(Strategy):
-    """Clients weighted by their agreement with the server's own update (Cao et al. 2021), see :class:`FLTrustRule`.
+    """Clients weighted by their agreement with the server's own update (Cao et al. 2021).
+
+    See :class:`FLTrustRule`.
 
     Needs ``data.root`` examples on the server.
 

@@ -40,7 +40,9 @@ class _Wrapper(Aggregator):
 
 @dataclass(frozen=True)
 class Bucketing(_Wrapper):
-    """A rule on the means of random buckets of clients (Karimireddy et al. 2022), see :func:`strategies.bucketing`.
+    """A rule on the means of random buckets of clients (Karimireddy et al. 2022).
+
+    See :func:`strategies.bucketing`.
 
     Buckets are drawn anew every round; within one, clients count by the rule's own weights. To the rule a bucket is a
     client, numbered from 0; what it tells of a bucket is recorded for all in it, and a ``share`` is divided among them.

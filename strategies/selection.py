@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clients import randomness
 from clients.errors import RequestError
-from strategies.columns import checked, one_blas_thread, row_of
+from strategies.columns import checked, one_blas_thread, row_of, whole
 from strategies.coordinates import around_median
 from strategies.distances import central, combined, gram, squared_distances, squared_norms
 
@@ -154,6 +154,8 @@ def dnc_selection(
     array = checked("dnc", rows, num_malicious, least=2 * _whole(num_malicious) + 1, why="n > 2f")
     n, d = array.shape
     drop = dropped(num_malicious, fraction)
+    if iterations < 1 or columns < 1:
+        raise RequestError(f"dnc: iterations = {iterations} and columns = {columns} must be at least 1")
     if drop >= n:
         raise RequestError(f"dnc.fraction: {fraction:g} of {num_malicious} drops all {n} rows; give less")
     squared_norms("dnc", array)  # refuses what is not finite in the columns that nobody draws, too
@@ -204,4 +206,4 @@ def _kept(n: int, chosen: np.ndarray) -> Tensor:
 
 def _whole(num_malicious: int) -> int:
     """f as far as it is one; what it is instead is refused where the rows are checked."""
-    return num_malicious if isinstance(num_malicious, int) else 0
+    return int(num_malicious) if whole(num_malicious) else 0

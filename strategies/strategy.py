@@ -31,12 +31,16 @@ class Strategy:
         plugins: what happens to updates on their way, in order.
         aggregator: from rows (or their weighted sum) to one row.
         server_optimizer: what is done with the pseudo-gradient; left out, it is added as it is.
-        concurrency: how many clients train at the same time without waiting for one another: the server takes a step
-            with every ``clients_per_round`` updates. Left out, rounds are synchronous.
+
+    Attributes:
+        concurrency: how many clients train at the same time without waiting for one another, so that the server takes a
+            step with every ``clients_per_round`` updates; None where rounds are synchronous.
 
     Raises:
         RequestError: for a part of the wrong kind, and for compositions that make no sense.
     """
+
+    concurrency: int | None = None
 
     def __init__(
         self,
@@ -46,9 +50,7 @@ class Strategy:
         plugins: Sequence[Plugin] = (),
         aggregator: Aggregator | None = None,
         server_optimizer: ServerOptimizer | None = None,
-        concurrency: int | None = None,
     ):
-        self.concurrency = concurrency
         self.sampling = Fixed(clients_per_round=10) if sampling is None else sampling
         self.correction = Correction() if correction is None else correction
         self.plugins = tuple(plugins)
@@ -84,24 +86,28 @@ class Strategy:
                 for plugin in self.plugins
                 if plugin.owns_sum
             ]
+        if not problems:
+            problems += [*self.correction.fits(self), *self.aggregator.fits(self)]
         if problems:
             raise RequestError(problems)
 
     def with_parts(self, **parts: Any) -> Strategy:
         """The same composition with some parts replaced; a plain :class:`Strategy`."""
         mine = {name: getattr(self, name) for name in _PARTS}
-        return Strategy(**{**mine, **{name: part for name, part in parts.items() if part is not None}})
+        made = Strategy(**{**mine, **{name: part for name, part in parts.items() if part is not None}})
+        made.concurrency = self.concurrency
+        return made
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Strategy) and all(getattr(self, name) == getattr(other, name) for name in _PARTS)
+        return isinstance(other, Strategy) and all(getattr(self, name) == getattr(other, name) for name in _TOLD)
 
     def __hash__(self) -> int:
-        return hash(tuple(map(repr, (getattr(self, name) for name in _PARTS))))
+        return hash(tuple(map(repr, (getattr(self, name) for name in _TOLD))))
 
     def __repr__(self) -> str:
         plain = Strategy.__new__(Strategy)
         Strategy.__init__(plain)
-        said = [f"{name}={getattr(self, name)!r}" for name in _PARTS if getattr(self, name) != getattr(plain, name)]
+        said = [f"{name}={getattr(self, name)!r}" for name in _TOLD if getattr(self, name) != getattr(plain, name)]
         return f"{type(self).__name__}({', '.join(said)})"
 
     # State: one flat dict of tensors, "part/name" -> tensor, so that a checkpoint is a list of tensors.
@@ -182,7 +188,8 @@ class Strategy:
         return [(f"plugin/{i}-{type(plugin).__name__}", plugin) for i, plugin in enumerate(self.plugins)]
 
 
-_PARTS = ("sampling", "correction", "plugins", "aggregator", "server_optimizer", "concurrency")
+_PARTS = ("sampling", "correction", "plugins", "aggregator", "server_optimizer")
+_TOLD = (*_PARTS, "concurrency")
 
 
 @contextmanager

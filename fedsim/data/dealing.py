@@ -34,10 +34,19 @@ def enough(examples: int, clients: int, each: int = 1, setting: str | None = Non
         )
 
 
-def positive(value: float, setting: str) -> None:
-    """Refuses what is not above 0 (or is NaN), for those who call a partition without :func:`partition`."""
+#: A concentration at which Dirichlet's shares are equal to the last bit; sums of larger ones overflow.
+_EVEN = 1e100
+
+
+def positive(value: float, setting: str) -> float:
+    """A parameter of a law, no larger than makes a difference.
+
+    Raises:
+        RequestError: for what is not above 0 (or is NaN), for those who call a partition without :func:`partition`.
+    """
     if not 0 < value < np.inf:
         raise RequestError(f"data.partition.{setting}: {value} given; give a number above 0")
+    return min(value, _EVEN)
 
 
 def classes_of(labels: np.ndarray, name: str) -> np.ndarray:

@@ -194,7 +194,7 @@ class ClientColumns(Columns):
                 raise RequestError(f"{where}: {name} has {len(tensor)} examples, and sizes says {wanted}")
             wrong = not_finite(tensor)
             if wrong is not None:
-                raise RequestError(f"{where}: {name} has {wrong}; every number must be finite")
+                raise RequestError(f"{where}: {name} has {wrong}")
         if client != self._model:
             self._compare(columns, where)
         return columns

@@ -50,7 +50,7 @@ def dirichlet(
         min_examples: every client has at least so many. ``per_class`` draws anew until that holds, and after many tries
             moves examples from the largest clients.
     """
-    positive(alpha, "alpha")
+    alpha = positive(alpha, "alpha")
     kinds, classes = np.unique(classes_of(labels, "dirichlet"), return_inverse=True)
     enough(len(labels), clients, min_examples, "min_examples")
     if variant == "per_class":
@@ -82,7 +82,7 @@ def quantity_skew(
         min_examples: every client has at least so many; what is missing comes from the largest, which are lowered to
             one level.
     """
-    positive(alpha, "alpha")
+    alpha = positive(alpha, "alpha")
     enough(len(labels), clients, min_examples, "min_examples")
     if law == "dirichlet":
         shares = generator.dirichlet(np.full(clients, alpha))
@@ -228,11 +228,11 @@ def feature_shift(
 
 def partition(
     name: Any,
-    labels: np.ndarray,
+    labels: Any,
     clients: int,
     seed: int,
     *,
-    ids: np.ndarray | None = None,
+    ids: Any = None,
     columns: Any = None,
     base: Path | None = None,
     **settings: Any,
@@ -242,10 +242,11 @@ def partition(
     Args:
         name: a partition's name, ``"file.py:function"``, a function, a Partitioner of flwr-datasets or
             ``"flwr_datasets.partitioner:DirichletPartitioner"``, or a :class:`Part` of these with its settings.
-        labels: ``[N]`` integer classes; another array of length N where the partition looks at no labels.
+        labels: ``[N]`` integer classes, an array, a tensor or a list; anything of length N where the partition looks at
+            no labels.
         clients: how many; ``natural`` and Partitioners have their own number.
         seed: the same seed gives the same partition on every machine.
-        ids: ``int [N]`` the source's client of each example, for ``natural``.
+        ids: ``int [N]`` the source's client of each example, for ``natural``; likewise.
         columns: the examples' columns (``names`` and ``column(name) -> [N, ...]``), for ``natural`` by one of them and
             for Partitioners.
         base: the folder that ``file.py`` is relative to.
@@ -265,6 +266,10 @@ def partition(
     part = Part.of(name)
     if settings:
         part = Part(part.name, {**part.settings, **settings}, part.thing)
+    if isinstance(clients, bool) or not isinstance(clients, int | np.integer) or clients < 1:
+        raise RequestError(f"data.clients: {clients!r} given; give a whole number of at least 1")
+    labels = _array(labels, "labels")
+    ids = None if ids is None else _array(ids, "ids")
     if len(labels) == 0:
         raise RequestError("data.source: no example is left for the clients; give more, or the server fewer")
     foreign.need_installed(part)
@@ -276,6 +281,17 @@ def partition(
     if foreign.is_partitioner(found):
         found = foreign.read(found, labels, generator, ids, columns)
     return _checked(found, len(labels), part.name)
+
+
+def _array(values: Any, name: str) -> np.ndarray:
+    """What is one value an example, as an array."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError):
+        raise RequestError(f"data.partition: ragged {name} given; give one value an example, [N]") from None
+    if array.ndim == 0:
+        raise RequestError(f"data.partition: {name} {values!r} given; give one value an example, [N]")
+    return array
 
 
 def _checked(found: Any, examples: int, name: str) -> Partition:

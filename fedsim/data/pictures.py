@@ -199,7 +199,7 @@ def _check_classes(classes: Sequence[int] | None, count: int) -> None:
     named = list(classes)
     lines = [] if named else ["data.source.classes: no class; name at least one, or leave it out for all"]
     for place, one in enumerate(named):
-        if one not in range(count):
+        if isinstance(one, bool) or one not in range(count):
             lines.append(f"data.source.classes[{place}]: there is no class {one!r}; they are 0 to {count - 1}")
         elif one in named[:place]:
             lines.append(f"data.source.classes[{place}]: {one} is named twice; name each class once")

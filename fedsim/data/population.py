@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clients.errors import RequestError
-from fedsim.data.checks import check_finite, class_labels, count_classes
+from fedsim.data.checks import checked, class_labels, count_classes
 from fedsim.data.columns import Change, Columns, Derived, View, derive
 from fedsim.data.csr import CSR, mapped
 from fedsim.data.matched import matched_tests
@@ -67,6 +67,11 @@ class Population:
     def clients(self) -> int:
         """How many clients there are, held-out and empty ones included; their ids count from 0."""
         return self.splits["train"].clients
+
+    @property
+    def examples(self) -> np.ndarray:
+        """``int64 [clients]``, how many training examples each holds."""
+        return self.splits["train"].sizes
 
     @cached_property
     def trainable(self) -> np.ndarray:
@@ -127,7 +132,13 @@ class Population:
         )
 
 
-def build(source: Source, data: DataSettings, seed: int, base: Path | None = None) -> Population:
+def build(
+    source: Source,
+    data: DataSettings,
+    seed: int,
+    base: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Population:
     """Cuts a source into the server's splits and the clients'.
 
     In this order: the server's test split (``test_fraction`` of the pool, unless the source brings one), validation
@@ -139,15 +150,15 @@ def build(source: Source, data: DataSettings, seed: int, base: Path | None = Non
         data: the experiment's settings.
         seed: the experiment's seed; ``data.seed`` goes before it.
         base: the folder that a partition's ``file.py`` is relative to.
+        dtype: what training computes in, where numbers must be finite.
 
     Raises:
         RequestError: where there are too few examples for what is asked, or numbers that cannot be used.
     """
     seed = seed if data.seed is None else data.seed
+    source = source.with_columns(checked(source, dtype))
     pool = source.columns("train")
     assert pool is not None
-    if source.scan:
-        check_finite(source)
     server, drawn, rest = server_splits(source, pool, data, seed)
     labels = _labels(source, pool, blind=not data.partition.own and data.partition.name in _BLIND)
     ids = source.client_ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from fedsim.data import arrow
 from fedsim.data.columns import Columns, Derived, TensorColumns, UnitRange
 from fedsim.data.lazy import ClientColumns, DatasetColumns
 from fedsim.data.mapped import MappedColumns, is_mapped, mapped_columns
-from fedsim.data.tensors import to_column
+from fedsim.data.tensors import Wrong, to_column, to_int64
 
 SPLITS = ("train", "test", "validation", "proxy", "root")
 
@@ -51,15 +52,16 @@ def as_columns(split: Any, where: str) -> Columns:
 
 
 def _of_mapping(split: Mapping[str, Any], where: str) -> Columns:
-    tensors = {name: to_column(value, f"{where}.{name}") for name, value in split.items()}
+    mapped = {name for name, value in split.items() if is_mapped(value)}
+    tensors = {name: value if name in mapped else to_column(value, f"{where}.{name}") for name, value in split.items()}
+    for name in mapped:
+        if split[name].dtype.kind not in "fiub":
+            raise RequestError(f"{where}.{name}: {split[name].dtype} given; give real numbers")
     lengths = {name: len(tensor) for name, tensor in tensors.items()}
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise RequestError(f"{where}: columns differ in length ({said})")
-    mapped = {name for name, value in split.items() if is_mapped(value)}
-    if not mapped:
-        return TensorColumns(tensors)
-    return mapped_columns({name: split[name] if name in mapped else tensors[name] for name in split})
+    return mapped_columns(tensors) if mapped else TensorColumns(tensors)
 
 
 def input_name(columns: Columns, label: str) -> str:
@@ -75,8 +77,9 @@ class Source:
     A split is a dict of tensors or arrays ``[N, ...]``, a map-style data set of dicts, a Hugging Face data set, or
     columns such as :class:`ClientColumns`. Splits that are not given are drawn from ``train`` as the experiment says.
 
-    Inputs of bytes (``uint8``) with the range (0, 1) are images: they stay bytes in memory and are float32 in [0, 1]
-    when they are taken.
+    Inputs of bytes (``uint8``) with no range, or with (0, 1) or (0, 255), are an image's pixels: they stay bytes in
+    memory and are float32 in [0, 1] when they are taken, which is then their range. Labels that are whole numbers
+    become int64, and so do those that are true and false, one an example.
 
     Attributes:
         train: the pool that clients train on.
@@ -88,7 +91,8 @@ class Source:
         label: the column for label partitions and attacks.
         input_range: ``(low, high)`` of the inputs, e.g. ``(0, 1)`` for images; attacks stay inside it.
         classes: how many classes the labels are of; left out, they are counted.
-        scan: whether numbers in memory are looked through for NaN and infinities, once.
+        scan: whether numbers are looked through for NaN and infinities: those in memory and in mapped files once,
+            others whenever they are taken.
 
     Raises:
         RequestError: for splits that are no columns, or that do not fit each other.
@@ -108,7 +112,9 @@ class Source:
     def __post_init__(self) -> None:
         if self.input_range is not None and not self.input_range[0] < self.input_range[1]:
             raise RequestError(f"data.source.input_range: {self.input_range} given; give (low, high)")
-        if self.classes is not None and (not isinstance(self.classes, int) or self.classes < 1):
+        if self.classes is not None and (
+            not isinstance(self.classes, int) or isinstance(self.classes, bool) or self.classes < 1
+        ):
             raise RequestError(f"data.source.classes: {self.classes!r} given; give how many there are")
         found = {
             split: as_columns(given, f"data.source.{split}")
@@ -121,16 +127,20 @@ class Source:
         for split, columns in found.items():
             self._same_columns(split, train.names, columns.names)
             arrow.check_needed(getattr(self, split), columns, [self.label], f"data.source.{split}")
+            for name in columns.names:
+                if columns.dtype(name).is_complex:
+                    raise RequestError(f"data.source.{split}.{name}: complex numbers given; give real ones")
         name = input_name(train, self.label)
+        if 0 in train.shape(name):
+            shape = list(train.shape(name))
+            raise RequestError(f"data.source.train.{name}: examples of shape {shape} hold no number; give at least one")
         for split, columns in found.items():
-            types = train.dtype(name), columns.dtype(name)
-            if torch.uint8 in types and types[0] != types[1]:
-                raise RequestError(
-                    f"data.source.{split}.{name}: {str(types[1])[6:]} given, and train has {str(types[0])[6:]}; give"
-                    " bytes in all splits or in none"
-                )
-        if self.input_range == (0, 1):
+            self._same_kind(split, train, columns, name)
+        if train.dtype(name) == torch.uint8 and self.input_range in (None, (0, 1), (0, 255)):
+            object.__setattr__(self, "input_range", (0.0, 1.0))
             found = {split: _unit_range(columns, name) for split, columns in found.items()}
+        if self.label != name:
+            found = {split: _int64(columns, self.label, f"data.source.{split}") for split, columns in found.items()}
         object.__setattr__(self, "_columns", found)
         if self.clients is not None:
             ids = np.asarray(self.clients)
@@ -154,6 +164,12 @@ class Source:
         found: dict[str, Columns] = vars(self)["_columns"]
         return found.get(split)
 
+    def with_columns(self, columns: Mapping[str, Columns]) -> Source:
+        """The same source of other columns, by split."""
+        source = copy.copy(self)
+        object.__setattr__(source, "_columns", dict(columns))
+        return source
+
     @property
     def client_ids(self) -> np.ndarray | None:
         """``int64 [N]``: whose each training example is, or None."""
@@ -168,6 +184,39 @@ class Source:
                     f"data.source.{split}: column {name!r} of train is missing; it has {', '.join(given)}"
                     f"{nearest(name, given)}"
                 )
+
+    def _same_kind(self, split: str, train: Columns, columns: Columns, input: str) -> None:
+        for name in (name for name in train.names if name in columns.names):
+            where, types = f"data.source.{split}.{name}", (train.dtype(name), columns.dtype(name))
+            shapes = train.shape(name), columns.shape(name)
+            if shapes[0] != shapes[1]:
+                raise RequestError(f"{where}: {list(shapes[1])} an example, and train has {list(shapes[0])}")
+            told = f"{where}: {str(types[1])[6:]} given, and train has {str(types[0])[6:]}"
+            if name == input and torch.uint8 in types and types[0] != types[1]:
+                raise RequestError(f"{told}; give bytes in all splits or in none")
+            if name == self.label and types[0].is_floating_point != types[1].is_floating_point:
+                raise RequestError(f"{told}; give labels that are classes (integers) in all splits or in none")
+
+
+def _int64(columns: Columns, name: str, where: str) -> Columns:
+    """Columns one of which, if it is of whole numbers (or of yes and no, one an example) at hand, is given as int64.
+
+    Raises:
+        RequestError: for a number that does not fit.
+    """
+    if not isinstance(columns, TensorColumns | MappedColumns) or name not in columns.names:
+        return columns
+    dtype = columns.dtype(name)
+    if dtype.is_floating_point or dtype == torch.int64 or (dtype == torch.bool and columns.shape(name)):
+        return columns
+    if name not in columns.tensors:
+        assert isinstance(columns, MappedColumns)
+        file = replace(columns.files[name], delivered=np.dtype(np.int64))
+        return replace(columns, files={**columns.files, name: file})
+    found = to_int64(columns.tensors[name])
+    if isinstance(found, Wrong):
+        raise RequestError(f"{where}.{name}: {found}")
+    return replace(columns, tensors={**columns.tensors, name: found})
 
 
 def _unit_range(columns: Columns, name: str) -> Columns:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from clients import randomness
 from clients.errors import RequestError, nearest
@@ -199,9 +200,11 @@ def _check(array: np.ndarray, name: str, path: Path, scan: bool) -> None:
     if not len(array):
         raise RequestError(f"{where} is empty; give at least one example")
     if array.dtype.kind == "f" and scan:
-        wrong = not_finite(array)
+        wrong = not_finite(array, torch.float32)
         if wrong is not None:
-            raise RequestError(f"{where} has {wrong}; every number must be finite")
+            raise RequestError(f"{where} has {wrong}")
+    if array.dtype.kind == "u" and array.dtype.itemsize == 8 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise RequestError(f"{where} has {array.max()}, which is too large for int64")
     if name.startswith("y") and array.dtype.kind == "i" and array.ndim == 1 and array.min() < 0:
         raise RequestError(
             f"{where} has the class {array.min()} at [{array.argmin()}]; classes count from 0 (real targets are floats)"

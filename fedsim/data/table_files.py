@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clients.errors import RequestError, nearest
+
+#: What follows a CSV file's last line where it is looked for a quote that would take it in.
+_END = "the end of the file"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ def read_csv(path: Path, key: str, separator: str) -> Table:
         raise _unreadable(path, key, separator, len(names[0]), error) from None
     if not table.num_rows:
         raise RequestError(f"{key}: {path} has a header and no row")
+    if "\n" in (table.column(table.num_columns - 1)[-1].as_py() or "") or _odd_quotes(path):
+        _check_quotes(path, key, separator)
     columns = {
         name: pc.utf8_trim_whitespace(column.combine_chunks())
         for name, column in zip(names[1], table.columns, strict=True)
@@ -82,6 +88,8 @@ def _header(path: Path, key: str, separator: str) -> tuple[list[str], list[str]]
         raise RequestError(f"{key}: {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise RequestError(f"{key}: {path}, line 1: {error}") from None
+    if written and any("\n" in name for name in written):
+        _check_quotes(path, key, separator)
     if not written:
         raise RequestError(f"{key}: {path} is empty; its first line names the columns")
     names = [name.strip() for name in written]
@@ -113,6 +121,41 @@ def _rows(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"line {begins}: {error}") from None
 
 
+def _odd_quotes(path: Path) -> bool:
+    count = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            count += block.count(b'"')
+    return count % 2 == 1
+
+
+def _check_quotes(path: Path, key: str, separator: str) -> None:
+    """Refuses a CSV file with a quote that is never closed: all that follows it would be one value."""
+    import csv as csv_module
+
+    lines, last = 0, ""
+
+    def read(file: Iterable[str]) -> Iterator[str]:
+        nonlocal lines, last
+        for last in file:
+            lines += 1
+            yield last
+        yield _END
+
+    found, begins = [_END], 1
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            for fields in csv_module.reader(read(file), delimiter=separator):
+                found, begins = fields, lines + 1
+        except csv_module.Error:  # too much for one value
+            opens = begins
+        else:
+            if found == [_END]:
+                return
+            opens = lines + last.endswith(("\r", "\n")) - len(re.findall("\r\n|\r|\n", found[-1]))
+    raise RequestError(f"{key}: {path}, line {opens}: a quote opens here that is never closed; close it, or double it")
+
+
 def _line(path: Path, separator: str, row: int) -> str:
     try:
         line, _ = next(itertools.islice(_rows(path, separator), row + 1, None))
@@ -125,6 +168,7 @@ def _unreadable(path: Path, key: str, separator: str, width: int, error: Excepti
     """What is wrong with a CSV file that cannot be parsed."""
     rows = 0
     try:
+        _check_quotes(path, key, separator)
         for line, fields in _rows(path, separator):
             rows += 1
             if len(fields) != width:
@@ -132,6 +176,8 @@ def _unreadable(path: Path, key: str, separator: str, width: int, error: Excepti
                 return RequestError(
                     f"{key}: {path}, line {line}: too {few} values, {len(fields)} where the header names {width}"
                 )
+    except RequestError as unclosed:
+        return unclosed
     except UnicodeDecodeError as undecoded:
         return _not_utf8(path, key, undecoded)
     except (ValueError, OSError) as found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from fedsim.data.table_files import Table, read_csv, read_parquet
 
 #: What programs write where there is no value, in lower case.
 _MISSING = frozenset({"", "na", "n/a", "nan", "<na>", "null"})
+
+_WHOLE = re.compile(r"[+-]?\d+")
 
 
 def csv(
@@ -95,9 +98,9 @@ def _source(
     test = None
     if test_path is not None:
         other = read(test_path, "data.source.test_path")
-        given = other.column(label, "label")
+        given = other.column(label, "test_path")
         for name in names:
-            other.column(name, "features")
+            other.column(name, "test_path")
         test = {"x": _numbers(other, names), "y": _test_labels(other, given, label, y, classes)}
         if test["x"].shape[1:] != x.shape[1:]:
             raise other.wrong(f"lists of {test['x'].shape[1]} values; {path} has {x.shape[1]}", names[0])
@@ -304,6 +307,14 @@ def _text_values(table: Table, array: Any, name: str, mixed: bool, words: bool) 
         return pc.cast(array, pa.int64()).to_numpy()
     numbers = [row for row, value in enumerate(values) if _is_number(value)]
     if len(numbers) == len(values):
+        if all(map(_WHOLE.fullmatch, values)):
+            integers = [int(value) for value in values]
+            if mixed:
+                return np.array(integers, dtype=object)
+            for row, value in enumerate(integers):
+                if not -(2**63) <= value < 2**63:
+                    raise table.wrong(f"{value} is too large for int64 (real targets are written 1.0)", name, row)
+            return np.array(integers, dtype=np.int64)
         return np.array([float(value) for value in values])
     if numbers and not mixed:
         text = next(row for row, value in enumerate(values) if not _is_number(value))

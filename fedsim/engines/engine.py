@@ -69,7 +69,8 @@ class Engine(abc.ABC):
         A chunk whose worker is lost is retried elsewhere, twice, then split (``chunk.split()``) until one is at fault.
 
         Raises:
-            RunError: where the worker's method itself raises.
+            RequestError: where the worker's method raises one (data that are read when they are taken).
+            RunError: where the worker's method itself raises, what it says where it raises one.
         """
 
     @abc.abstractmethod

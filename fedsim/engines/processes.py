@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clients.errors import RunError
+from clients.errors import FedsimError, RequestError, RunError
 from fedsim.engines.engine import Answer, Engine, Result, _reused, cores
 from fedsim.engines.memory import Segment, Segments, dumps
 from fedsim.engines.wire import Channel
@@ -64,7 +64,7 @@ def serve(sock: socket.socket) -> None:
                 answer = Answer(answer.value, shelf.place(answer.tensors))
                 message: tuple = ("done", job, answer, time.perf_counter() - begun)
             except Exception as error:
-                message = ("raised", job, f"{type(error).__name__}: {error}", traceback.format_exc())
+                message = ("raised", job, _error(error))
             channel.send(message)
 
 
@@ -88,10 +88,21 @@ def _setup(channel: Channel, inbox: queue.SimpleQueue[Any]) -> Any:
         os.chdir(folder)
         worker = pickle.loads(setup)()
     except Exception as error:
-        channel.send(("raised", -1, f"{type(error).__name__}: {error}", traceback.format_exc()))
+        channel.send(("raised", -1, _error(error, "the worker could not be set up: ")))
         return None
     channel.send(("ready", os.getpid()))
     return worker
+
+
+def _error(error: Exception, said: str = "") -> FedsimError:
+    """What a worker raised, as the driver shall raise it: what was raised on purpose says all there is to say."""
+    if isinstance(error, RequestError):
+        return RequestError(error.problems)
+    if type(error) is RunError:
+        made = RunError(str(error))
+        made.add_note(traceback.format_exc())
+        return made
+    return RunError(f"engine: {said}{type(error).__name__}: {error}\n{traceback.format_exc()}")
 
 
 class _Shelf:
@@ -169,7 +180,7 @@ class _Job:
     tries: int = 0
     retries: list[str] = field(default_factory=list)
     result: Result | None = None
-    error: RunError | None = None
+    error: FedsimError | None = None
 
 
 @dataclass(eq=False)
@@ -229,7 +240,7 @@ class Processes(Engine):
         except EOFError:
             raise RunError("engine: a worker process ended while it was set up; see the messages above") from None
         if kind == "raised":
-            raise RunError(f"engine: the worker could not be set up: {rest[1]}\n{rest[2]}")
+            raise rest[1]
         worker.pid = rest[0]
 
     def share(self, tensor: Tensor) -> Tensor:
@@ -333,7 +344,7 @@ class Processes(Engine):
         worker.begun = time.monotonic()
         worker.held += 1
         if kind == "raised":
-            job.error = RunError(f"engine: {rest[0]}\n{rest[1]}")
+            job.error = rest[0]
             return None
         answer, seconds = rest
         job.result = Result(job.chunk, answer, worker.pid, seconds, retries=tuple(job.retries))

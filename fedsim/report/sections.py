@@ -118,11 +118,21 @@ def population(facts: Facts) -> Html | None:
         said.append(f"They are dealt by {found['partition']}.")
     if found["labels"] and found["labels"]["clients"] > 1:
         said.append(_label_skew(found))
-    own = [f"{found[split]:,} for {use}" for split, use in _OWN_USES.items() if found.get(split)]
+    shared = found["test"] if found.get("matched") else 0
+    own = [
+        f"{found[split]:,} for {use}"
+        for split, use in _OWN_USES.items()
+        if found.get(split) and not (split == "test" and shared)
+    ]
     if own:
         said.append(f"Clients keep {' and '.join(own)} besides.")
     server = [f"{n.count(count, f'{split} example')}" for split, count in found["server"].items() if split != ATTACK]
     said.append(f"The server holds {_listed(server)}." if server else "The server holds no examples.")
+    if shared:
+        said.append(
+            "Clients test on the server's test examples, each on a choice with the label mix of its own; they share"
+            f" them, and what they test on comes to {n.count(shared, 'example')}, counted for each client."
+        )
     if found["empty"]:
         said.append(f"{n.count(found['empty'], 'client has', 'clients have')} nothing to train on.")
     if found["held_out"]:

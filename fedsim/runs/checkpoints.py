@@ -39,6 +39,13 @@ def write(directory: Path, round: int, tensors: Mapping[str, Tensor], layout: Ma
     return digest
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], personal: Sequence[str] = ()) -> str:
+    """Writes named tensors to a file, whole or not at all, and which are clients' own; returns the file's sha256."""
+    data = safetensors.torch.save(_apart(tensors), metadata={"personal": json.dumps(list(personal))})
+    write_whole(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
 def read(path: Path, sha256: str) -> dict[str, Tensor] | str:
     """The tensors of a checkpoint file, or in what way it is damaged."""
     try:

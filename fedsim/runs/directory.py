@@ -23,6 +23,7 @@ from clients.errors import RequestError
 
 DATABASE = "run.db"
 EXPERIMENT = "experiment.toml"
+FIRST = "first.safetensors"
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 LOCK = "lock"

@@ -21,6 +21,7 @@ from fedsim.runs import database as db
 from fedsim.runs.directory import (
     CHECKPOINTS,
     EXPERIMENT,
+    FIRST,
     MANIFEST,
     Lock,
     holds_run,
@@ -73,6 +74,8 @@ class RunStore:
         manifest: Mapping[str, Any],
         layout: Mapping[str, Sequence[int]] | None = None,
         census: Census | None = None,
+        first: Mapping[str, Tensor] | None = None,
+        personal: Sequence[str] = (),
     ) -> RunStore:
         """Makes a new run in ``directory``, which is made where it does not exist.
 
@@ -82,6 +85,9 @@ class RunStore:
             manifest: versions, seed, machine, execution: plain values.
             layout: parameter name -> shape in the row's order (``Layout.shapes``), for reading weights by name.
             census: who holds what; recorded here, in the step that makes the run, and never again.
+            first: tensors of the model that have no place in a row, as they begin: what is frozen, buffers, and what
+                stays with clients. Kept in a file of their own.
+            personal: the names of those that stay with clients, which another run does not start from.
 
         Raises:
             RequestError: if the directory cannot be made, holds a run or such files, or another process uses it.
@@ -102,6 +108,9 @@ class RunStore:
             }
             if census is not None:
                 meta["census"] = db.to_json(census.summary)
+            if first:
+                with db.failing(path, "writing the first weights"):
+                    meta["first"] = checkpoints.write_tensors(path / FIRST, first, personal)
             db.create(path, meta, population_rows(census.rows if census is not None else ()))
             return cls._opened(path, lock)
         except BaseException:
@@ -168,6 +177,19 @@ class RunStore:
     def manifest(self) -> dict[str, Any]:
         """The manifest as it was given to :meth:`create`."""
         return db.from_json(self._meta["manifest"], self.directory)
+
+    def first(self) -> dict[str, Tensor]:
+        """The tensors that :meth:`create` was given as ``first``.
+
+        Raises:
+            RunError: where the file is missing or damaged.
+        """
+        if "first" not in self._meta:
+            return {}
+        found = checkpoints.read(self.directory / FIRST, self._meta["first"])
+        if isinstance(found, str):
+            raise RunError(f"{self.directory / FIRST} {found}; it holds what the run's checkpoints do not")
+        return found
 
     @property
     def census(self) -> dict[str, Any] | None:

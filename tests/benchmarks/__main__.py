@@ -1,4 +1,4 @@
-"""Run the sides in turn and print their tables: ``python -m tests.benchmarks mlp50 mlp400 conv [--repeat 3]``."""
+"""Run the sides in turn and print their tables: ``python -m tests.benchmarks mlp50 mlp400 conv robust``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from tests.benchmarks.sides import GROUPS, Side, SideError, run, sides
 from tests.benchmarks.table import Timings, differences, table
 from tests.benchmarks.work import WORKS, Work, write_data
 
+#: The robust rules beside Flower's, a comparison in one process.
+ROBUST = "robust"
+
 
 def main() -> int:
     """Exit 0 if every side ran and did the same work, 1 otherwise (with the tables of those that ran)."""
@@ -22,7 +25,12 @@ def main() -> int:
     load = f"load before the start {os.getloadavg()[0]:.1f}"
     print(f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {load}\n", flush=True)
     complaints, versions = [], {}
-    for name in arguments.works:
+    if ROBUST in arguments.works:
+        from tests.benchmarks import robust_side  # loads Flower into this process
+
+        complaints += robust_side.differences()
+        print(robust_side.table(arguments.repeat) + "\n", flush=True)
+    for name in (name for name in arguments.works if name != ROBUST):
         timings, failures = _compare(WORKS[name], rows, arguments.repeat)
         complaints += failures
         if timings:
@@ -58,7 +66,7 @@ def _compare(work: Work, rows: list[Side], repeat: int) -> tuple[Timings, list[s
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("works", nargs="+", choices=list(WORKS), metavar="WORK", help=", ".join(WORKS))
+    parser.add_argument("works", nargs="+", choices=[*WORKS, ROBUST], metavar="WORK", help=", ".join([*WORKS, ROBUST]))
     parser.add_argument("--repeat", type=_count, default=3, help="times that every side runs, in turn (3)")
     parser.add_argument("--only", type=_groups, default=list(GROUPS), help=f"some of {','.join(GROUPS)}")
     parser.add_argument("--processes", type=_count, default=os.cpu_count(), help="processes a side (one a core)")

@@ -6,10 +6,12 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from clients.errors import RequestError
 from clients.parts import Part
+from fedsim.data import partition
 from fedsim.experiment import DIGITS, DataSettings, Experiment, StrategySettings
 from fedsim.overriding import read_value
 
@@ -78,6 +80,24 @@ def test_tables_settings_and_objects_serve_alike() -> None:
     rule = Rule(beta=0.25)
     assert Experiment(strategy={"aggregator": rule}).strategy.aggregator == Part.of(rule)
     assert Experiment(strategy=rule).strategy.part.thing is rule
+
+
+def test_a_named_partitioner_draws_alike_from_the_experiment_and_from_its_record(tmp_path: Path) -> None:
+    pytest.importorskip("flwr_datasets")
+    named = {"name": "flwr_datasets.partitioner:DirichletPartitioner"}
+    settings = {"num_partitions": 10, "partition_by": "y", "alpha": 5.0}
+    made = Experiment(seed=3, data={"partition": {**named, **settings}})
+    recorded = made.resolved()["data"]["partition"]
+    assert "seed" not in recorded
+    assert recorded["min_partition_size"] == 10  # other defaults are there
+    (tmp_path / "experiment.toml").write_text(made.to_toml())
+    again = Experiment.load(tmp_path / "experiment.toml")
+    y = np.arange(300) % 5
+    first, second = (partition(run.data.partition, y, 10, run.seed) for run in (made, again))
+    assert np.array_equal(first.order, second.order)
+    assert np.array_equal(first.offsets, second.offsets)
+    own = Experiment(data={"partition": {**named, **settings, "seed": 7}})
+    assert own.resolved()["data"]["partition"]["seed"] == 7
 
 
 def test_objects_are_recorded_and_cannot_be_run_from_the_record(tmp_path: Path) -> None:

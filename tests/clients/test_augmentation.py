@@ -75,7 +75,7 @@ def test_mixing_examples_makes_soft_labels_that_the_loss_takes():
 def test_a_function_of_ones_own_gets_the_inputs():
     found = transforms(lambda x: x * 2)({"x": IMAGES, "y": LABELS})
     assert torch.equal(found["x"], IMAGES * 2)
-    with pytest.raises(RequestError, match="made 5 examples of 6"):
+    with pytest.raises(RequestError, match=r"made \[5, 3, 8, 8\] of 6 examples"):
         transforms(lambda x: x[1:])({"x": IMAGES, "y": LABELS})
 
 

@@ -16,7 +16,7 @@ from tests.contracts.contract import changed, write
 
 BEFORE = [
     ("model", "TooNarrow", "TooNarrow with Classification raises on a batch of x float32 [2, 64], y int64 [2]"),
-    ("task", "OtherColumn", "OtherColumn raises on a batch of x float32 [2, 64], y int64 [2]: KeyError: 'image'"),
+    ("task", "OtherColumn", "OtherColumn asks for a column 'image', and a batch has x float32 [2, 64], y int64 [2]"),
     ("task", "AveragedLoss", 'give one value an example, [B] (torch\'s losses: reduction="none")'),
     ("task", "AveragedStatistic", "'accuracy' has shape [] for 2 examples"),
     ("task", "MissingMetric", "MissingMetric gives no metric 'f1' from its statistics"),

@@ -61,11 +61,23 @@ def test_bytes_stay_bytes_in_memory_wherever_they_go() -> None:
     assert population.input_shape == (1, 2, 2)
 
 
-def test_bytes_without_the_unit_range_are_left_alone() -> None:
-    for range_ in (None, (0.0, 255.0)):
-        columns = Source(train={"x": every_byte()}, input_range=range_).columns("train")
-        assert columns is not None
-        assert columns.take(torch.arange(3))["x"].dtype == torch.uint8
+@pytest.mark.parametrize("given", [None, (0.0, 255.0), (0, 1)])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_bytes_are_pixels_by_whatever_range_pixels_have(given: Any, lazy: bool) -> None:
+    source = Source(train=Images() if lazy else {"x": every_byte()}, input_range=given)
+    columns = source.columns("train")
+    assert columns is not None
+    assert source.input_range == (0, 1)
+    taken = columns.take(torch.arange(64))["x"]
+    assert (taken.dtype, float(taken.min()), float(taken.max())) == (torch.float32, 0, 1)
+
+
+def test_bytes_of_another_range_are_left_alone() -> None:
+    source = Source(train={"x": every_byte()}, input_range=(0, 16))
+    columns = source.columns("train")
+    assert columns is not None
+    assert source.input_range == (0, 16)
+    assert columns.take(torch.arange(3))["x"].dtype == torch.uint8
 
 
 def test_labels_that_are_bytes_are_no_pixels() -> None:

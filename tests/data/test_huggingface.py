@@ -15,7 +15,7 @@ from clients import catalog
 from clients.errors import RequestError
 from clients.parts import Part
 from fedsim.data import Source, TensorColumns, build, huggingface
-from fedsim.experiment import DataSettings
+from fedsim.experiment import DataSettings, Experiment
 
 datasets = pytest.importorskip("datasets")
 image = pytest.importorskip("PIL.Image")
@@ -63,7 +63,8 @@ def test_grey_pictures_have_one_channel_and_palettes_are_colours() -> None:
     assert grey.shape("image") == (1, 5, 4)
     assert palette.shape("image") == (3, 5, 4)
     expected = np.asarray(image.fromarray(pixels[3]).convert("L"))
-    assert np.array_equal(grey.take(torch.tensor(3))["image"][0].numpy(), expected)
+    taken = grey.take(torch.tensor(3))["image"][0].numpy()
+    assert np.array_equal(taken, expected.astype(np.float32) / np.float32(255))
 
 
 def test_numbers_and_arrays_of_one_shape_become_tensors() -> None:
@@ -105,6 +106,21 @@ def test_a_dict_of_splits_is_a_source_with_x_and_y() -> None:
     assert (population.classes, population.input_shape) == (3, (3, 5, 4))
     assert Source.of(source) is source
     assert Source.of(3) == 3
+
+
+def test_an_experiment_takes_a_dict_of_splits_as_its_source_and_keeps_it() -> None:
+    given = datasets.DatasetDict({"train": table(), "test": table()})
+    for said in (given, {"name": given}):
+        made = Experiment(data={"source": said, "clients": 2})
+        assert made.data.source.thing is given
+        assert made.override(["rounds=3"]).data.source.thing is given
+        assert made.resolved()["data"]["source"] == "datasets.dataset_dict:DatasetDict(...)"
+
+
+def test_true_and_false_are_two_classes() -> None:
+    given = datasets.Dataset.from_dict({"x": [[0.5]] * 6, "y": [True, False] * 3})
+    population = build(Source(train=given), DataSettings(clients=2, proxy=0), 0)
+    assert population.classes == 2
 
 
 @pytest.mark.parametrize("kind", ["a data set", "splits"])

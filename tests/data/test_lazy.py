@@ -291,6 +291,73 @@ def test_classes_are_counted_in_all_clients_where_nobody_names_them() -> None:
     assert build(source, DataSettings(partition=Part("natural"), proxy=0), 0).classes == 9
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"y": torch.tensor([0, 1, 7, 2])},
+            r"train: client 2: y has class 7 at \[2\]; the source says",
+        ),
+        ({"y": torch.tensor([0, 1, 2, -100])}, r"train: client 2: y has class -100 at \[3\]; classes count from 0"),
+    ],
+)
+def test_a_label_that_is_no_class_is_refused_when_its_client_is_loaded(changes: dict[str, Any], said: str) -> None:
+    source = Source(train=columns_of(Loader(np.array([4, 2, 4]), of_2=changes)), classes=3)
+    columns = build(source, DataSettings(partition=Part("natural"), proxy=0, test_fraction=0.0), 0).columns
+    assert columns.take(torch.arange(6))["y"].tolist() == [0, 1, 2, 0, 0, 1]
+    with pytest.raises(RequestError, match=rf"data\.source\.{said}"):
+        columns.take(torch.arange(6, 10))
+
+
+class Rows:
+    """A data set of dicts, 20 long, whose example 13 is as given."""
+
+    def __init__(self, **thirteenth: Any):
+        self.thirteenth = thirteenth
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = {"x": np.full(3, index, np.float64), "y": np.int8(index % 3)}
+        return {**row, **self.thirteenth} if index == 13 else row
+
+
+@pytest.mark.parametrize(
+    ("thirteenth", "said"),
+    [
+        ({"x": np.array([0, np.nan, 0])}, r"train\.x: nan at \[13, 1\]; every number must be finite"),
+        ({"x": np.array([0, 0, 1e300])}, r"train\.x: 1e\+300 at \[13, 2\]; too large for float32"),
+        ({"y": np.int8(3)}, r"train\.y: class 3 at \[13\]; the source says that there are 3 classes"),
+        ({"y": np.int8(-1)}, r"train\.y: class -1 at \[13\]; classes count from 0"),
+    ],
+)
+def test_what_a_data_set_gives_is_looked_at_when_it_is_taken(thirteenth: dict[str, Any], said: str) -> None:
+    settings = DataSettings(partition=Part("iid"), clients=2, proxy=0, test_fraction=0.0)
+    columns = build(Source(train=Rows(**thirteenth), classes=3), settings, 0).columns
+    good = columns.take(torch.tensor([4, 12]))
+    assert (good["y"].dtype, good["y"].tolist()) == (torch.int64, [1, 0])
+    with pytest.raises(RequestError, match=rf"data\.source\.{said}"):
+        columns.take(torch.tensor([[4, 13]]))
+
+
+def test_marks_of_tokens_that_do_not_count_are_no_classes_and_are_left_alone() -> None:
+    given = ClientColumns(lambda client: {"x": torch.zeros(2, 3), "y": torch.tensor([[0, -100], [1, 0]])}, [2, 2])
+    settings = DataSettings(partition=Part("natural"), proxy=0, test_fraction=0.0)
+    columns = build(Source(train=given, classes=2), settings, 0).columns
+    assert columns.take(torch.tensor([2]))["y"].tolist() == [[0, -100]]
+
+
+def test_numbers_of_a_mapped_array_that_python_gives_are_looked_through(tmp_path: Path) -> None:
+    for value, said in ((np.nan, "nan"), (1e300, r"1e\+300")):
+        broken = x.copy()
+        broken[17, 2, 1] = value
+        array = np.load(folder(tmp_path, x=broken) / "x.npy", mmap_mode="r")
+        source = Source(train={"x": array, "y": y})
+        with pytest.raises(RequestError, match=rf"data\.source\.train\.x: {said} at \[17, 2, 1\]"):
+            build(source, DataSettings(clients=2, proxy=0), 0)
+
+
 def test_a_partition_by_labels_reads_them() -> None:
     source = Source(train=columns_of(Loader(np.full(30, 10))))
     settings = DataSettings(partition=Part("pathological", {"classes_per_client": 1}), clients=3, proxy=0)

@@ -295,3 +295,37 @@ def test_a_million_clients_hold_every_example_once(name: str, given: dict[str, A
     assert order.nbytes + offsets.nbytes < 33e6
     assert len(offsets) == clients + 1
     assert np.diff(offsets).min() >= given.get("min_examples", 1)
+
+
+@pytest.mark.parametrize("make", [list, torch.from_numpy, np.asarray])
+def test_labels_and_ids_may_be_lists_and_tensors(make: Any) -> None:
+    y = labels(60)
+    for name, given in (("dirichlet", {}), ("natural", {"ids": np.arange(60) % 4})):
+        found = partition(name, make(y), 4, 0, **{key: make(value) for key, value in given.items()})
+        expected = partition(name, y, 4, 0, **given)
+        assert np.array_equal(found.order, expected.order)
+        assert np.array_equal(found.offsets, expected.offsets)
+    with pytest.raises(RequestError, match=r"data\.partition: ragged labels given"):
+        partition("iid", [[1], [2, 3]], 2, 0)
+
+
+@pytest.mark.parametrize("clients", [0, -3, 2.5, True, "3", None])
+def test_clients_are_a_whole_number(clients: Any) -> None:
+    with pytest.raises(RequestError, match=r"data\.clients: .* given; give a whole number of at least 1"):
+        partition("iid", labels(60), clients, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("quantity_skew", {"law": "dirichlet"}), ("dirichlet", {"variant": "per_client"}), ("dirichlet", {})],
+)
+def test_an_alpha_without_bounds_is_even(name: str, given: dict[str, Any]) -> None:
+    with np.errstate(all="raise"):
+        sizes = np.diff(partition(name, labels(600), 6, 0, alpha=1e308, **given).offsets)
+    assert abs(sizes - 100).max() <= 10  # ten classes, each rounded
+
+
+def test_lognormal_sizes_of_an_alpha_without_bounds_do_not_overflow() -> None:
+    with np.errstate(over="raise", invalid="raise"):
+        sizes = np.diff(partition("quantity_skew", labels(60), 6, 0, alpha=1e308, law="lognormal").offsets)
+    assert sorted(sizes.tolist()) == [1, 1, 1, 1, 1, 55]

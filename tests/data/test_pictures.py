@@ -142,6 +142,7 @@ def test_classes_are_renumbered_in_the_order_given(tmp_path: Path) -> None:
     [
         ([1, 10], "classes[1]: there is no class 10; they are 0 to 9"),
         ([-1], "classes[0]: there is no class -1"),
+        ([2, True], "classes[1]: there is no class True"),
         ([1, 2, 1], "classes[2]: 1 is named twice"),
         ([], "classes: no class"),
         ([7, 8], "classes: there is no example of 7, 8"),

@@ -226,6 +226,19 @@ good = {"x": torch.zeros(90, 2, dtype=torch.float64), "y": torch.arange(90) % 3}
         ({"train": {**good, "x": broken(good["x"], (17, 1), torch.nan)}}, r"train\.x: nan at \[17, 1\]; every number"),
         ({"train": {**good, "x": broken(good["x"], (0, 0), -torch.inf).half()}}, r"train\.x: -inf at \[0, 0\]"),
         ({"train": good, "test": {**good, "x": broken(good["x"], (89, 0), torch.inf)}}, r"test\.x: inf at \[89, 0\]"),
+        (
+            {"train": {**good, "x": broken(good["x"], (3, 1), 1e300)}},
+            r"train\.x: 1e\+300 at \[3, 1\]; too large",
+        ),
+        (
+            {"train": {**good, "y": broken(good["y"], (8,), 1000)}},
+            r"train\.y: class 1000 at \[8\] would make 1,001",
+        ),
+        (
+            {"train": good, "test": {**good, "y": broken(good["y"], (2,), 10**12)}},
+            r"test\.y: class 10{12} at \[2\]",
+        ),
+        ({"train": {**good, "y": torch.full((90, 2), 2**20)}}, r"train\.y: class 1048576 at \[0, 0\] would make"),
         ({"train": {**good, "y": torch.full((90,), torch.nan)}}, r"train\.y: nan at \[0\]"),
         ({"train": {**good, "y": good["y"] - 1}}, r"train\.y: class -1 at \[0\]; classes count from 0"),
         ({"train": good, "root": {**good, "y": broken(good["y"], (5,), -9)}}, r"root\.y: class -9 at \[5\]"),
@@ -246,6 +259,30 @@ def test_numbers_that_cannot_be_used_are_named_by_their_place(given: dict[str, A
     with pytest.raises(RequestError, match=rf"data\.source\.{said}") as caught:
         build(Source(**given), settings, 0)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_too_large_for_float32_are_fine_where_training_computes_in_float64() -> None:
+    settings = DataSettings(partition=Part("iid"), clients=3, proxy=5)
+    large = Source(train={**good, "x": broken(good["x"], (3, 1), 1e300)})
+    population = build(large, settings, 0, dtype=torch.float64)
+    assert population.columns.column("x")[3, 1] == 1e300
+
+
+@pytest.mark.parametrize("kind", ["int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64", "bool", ">i8"])
+def test_whole_labels_of_every_type_are_classes(kind: str) -> None:
+    labels = (np.arange(90) % 2).astype(kind)
+    source = Source(train={"x": np.zeros((90, 2), ">f4"), "y": labels})
+    population = build(source, DataSettings(clients=3, proxy=5), 0)
+    assert population.classes == 2
+    assert population.columns.take(torch.arange(2))["y"].dtype == torch.int64
+    assert population.columns.take(torch.arange(2))["x"].dtype == torch.float32
+
+
+def test_many_classes_that_a_source_names_are_taken() -> None:
+    settings = DataSettings(partition=Part("iid"), clients=3, proxy=5)
+    named = Source(train={**good, "y": broken(good["y"], (8,), 5000)}, classes=6000)
+    assert build(named, settings, 0).classes == 6000
+    assert build(Source(train={**good, "y": broken(good["y"], (8,), 999)}), settings, 0).classes == 1000
 
 
 def test_classes_are_those_that_the_source_says() -> None:

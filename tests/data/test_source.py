@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from clients.errors import RequestError
+from fedsim.assembly import assemble
 from fedsim.data import DatasetColumns, Source, TensorColumns
+from fedsim.experiment import Experiment
 
 
 class Rows(torch.utils.data.Dataset):
@@ -129,6 +131,25 @@ x, y = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
         ({"train": {"x": x}, "clients": np.zeros(4)}, r"data\.source\.clients: float64"),
         ({"train": {"x": x}, "input_range": (1, 0)}, r"data\.source\.input_range"),
         ({"train": {"x": x}, "classes": 0}, r"data\.source\.classes: 0 given"),
+        ({"train": {"x": x}, "classes": True}, r"data\.source\.classes: True given"),
+        ({"train": {"x": x * 1j, "y": y}}, r"data\.source\.train\.x: complex numbers given"),
+        ({"train": {"x": x[:, :0], "y": y}}, r"data\.source\.train\.x: examples of shape \[0\] hold no number"),
+        (
+            {"train": {"x": x, "y": y}, "test": {"x": x[:, :1], "y": y}},
+            r"data\.source\.test\.x: \[1\] an example, and train has \[2\]",
+        ),
+        (
+            {"train": {"x": x, "y": y}, "proxy": {"x": torch.zeros(4, 3)}},
+            r"data\.source\.proxy\.x: \[3\] an example, and train has \[2\]",
+        ),
+        (
+            {"train": {"x": x, "y": y}, "test": {"x": x, "y": y.float()}},
+            r"data\.source\.test\.y: float32 given, and train has int64; give labels that are classes",
+        ),
+        (
+            {"train": {"x": x, "y": np.array([0, 1, 2, 2**63], np.uint64)}},
+            r"data\.source\.train\.y: 9223372036854775808 at \[3\]; too large for int64",
+        ),
         ({"train": None}, r"data\.source\.train: None given"),
         ({"train": {"x": torch.tensor(1)}}, r"data\.source\.train\.x: a single number"),
     ],
@@ -141,3 +162,45 @@ def test_a_source_that_does_not_fit_is_refused_in_one_line(given: dict[str, Any]
 
 def test_a_proxy_needs_no_labels() -> None:
     assert Source(train={"x": x, "y": y}, proxy={"x": x}).columns("proxy") is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "changes", "said"),
+    [
+        (
+            {"train": {"x": torch.rand(40, 2), "y": torch.rand(40)}},
+            {},
+            "model: logistic needs classes, and column 'y' of this source holds real numbers; give a model of your own",
+        ),
+        (
+            {"train": {"x": torch.rand(40, 2)}},
+            {"task": "regression"},
+            "model: logistic needs classes, and this source has no column 'y'",
+        ),
+        (
+            {"train": {"x": torch.rand(40, 2), "z": torch.arange(40) % 3}, "label": "z"},
+            {},
+            "asks for a column 'y', and a batch has x float32 [2, 2], z int64 [2]; name the source's columns so",
+        ),
+    ],
+)
+def test_labels_that_model_or_task_cannot_take_are_told_before_training(
+    given: dict[str, Any], changes: dict[str, Any], said: str
+) -> None:
+    data = {"source": Source(**given), "clients": 4, "proxy": 0, "partition": "iid"}
+    with pytest.raises(RequestError) as caught:
+        assemble(Experiment(data=data, model="logistic", **changes))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_numbers_beyond_float32_train_in_float64_alone(precision: str) -> None:
+    large = torch.rand(40, 2, dtype=torch.float64) * 1e60
+    data = {"source": Source(train={"x": large, "y": torch.arange(40) % 3}), "clients": 4, "proxy": 0}
+    experiment = Experiment(data=data, model="logistic", client={"precision": precision})
+    if precision == "float64":
+        assert assemble(experiment).setup.population.columns.column("x").dtype == torch.float64
+    else:
+        with pytest.raises(RequestError, match=r"train\.x: .* too large for float32; scale it, or set client"):
+            assemble(experiment)

@@ -130,6 +130,11 @@ def test_a_relative_path_starts_from_the_experiment_file(tmp_path: Path) -> None
         ({"x": np.array([[1], [2, 3]], dtype=object), "y": y[:2]}, "x of .* holds objects .ragged"),
         ({"x": np.where(x == x[4, 1], np.nan, x), "y": y}, r"x of .* has nan at \[4, 1\]"),
         ({"x": np.where(x == x[4, 1], -np.inf, x), "y": y}, r"x of .* has -inf at \[4, 1\]"),
+        ({"x": x.astype(np.float64) * 1e300, "y": y}, r"x of .* at \[0, 0\]; too large for float32; scale it"),
+        (
+            {"x": x, "y": np.where(y == y[3], 2**64 - 1, 0).astype(np.uint64)},
+            "y of .* has 18446744073709551615",
+        ),
         ({"x": x, "y": y - 1}, r"y of .* has the class -1 at \[0\]"),
         ({"x": x, "y": y.astype(str)}, "y of .* is of <U"),
         ({"x": x[:0], "y": y[:0]}, "x of .* is empty"),

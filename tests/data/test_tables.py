@@ -160,6 +160,12 @@ def test_a_group_says_whose_each_row_is(tmp_path: Path) -> None:
     refused(lambda: from_text(tmp_path, "who,a,y\nbob,1,0\n,2,1\n", group="who"), "line 3, column 'who'", "missing")
 
 
+def test_groups_of_numbers_too_large_for_int64_stay_apart(tmp_path: Path) -> None:
+    ids = ["99999999999999999999", "99999999999999999998", "5", "99999999999999999999"]
+    source = from_text(tmp_path, "a,who,y\n" + "".join(f"1,{one},0\n" for one in ids), group="who")
+    assert source.clients.tolist() == [2, 1, 0, 2]
+
+
 def test_features_are_taken_in_the_order_given(tmp_path: Path) -> None:
     text = "a,b,c,y\n1,2,3,0\n"
     assert_holds(from_text(tmp_path, text, features=["c", "a"]).train, [[3, 1]], [0])
@@ -260,7 +266,12 @@ def test_paths_are_relative_to_the_experiment(tmp_path: Path) -> None:
         ("\xe4,y\n1,0\n".encode("latin1"), "own.csv, line 1: is not UTF-8 text"),
         ("a,y\n1,0\n".encode("utf-16"), "own.csv, line 1: is not UTF-8 text"),
         ("y\n1\n", "own.csv: no column is left for x beside 'y'"),
-        ('a,y\n"1,0\n2,1\n', "own.csv, line 2: too few values"),
+        ('a,y\n"1,0\n2,1\n', "own.csv, line 2: a quote opens here that is never closed"),
+        ('a,b,y\n1,2,0\n3,4,"1\n5,6,1\n', "own.csv, line 3: a quote opens here that is never closed"),
+        ('a,y\n"1",0\n2,"1\n2,0', "own.csv, line 3: a quote opens here"),
+        ('a,"y\n1,0\n', "own.csv, line 1: a quote opens here"),
+        ("a,y\n1,0\n" + '2,"1\n' + "1,0\n" * 40_000, "own.csv, line 3: a quote opens here"),
+        ("a,y\n1,0\n2,9223372036854775808\n", "own.csv, line 3, column 'y': 9223372036854775808 is too large"),
     ],
 )  # fmt: skip
 def test_a_csv_file_that_cannot_be_used_is_refused(tmp_path: Path, text: str | bytes, said: str) -> None:
@@ -312,8 +323,8 @@ def test_lists_of_another_length_to_test_are_refused(tmp_path: Path) -> None:
 
 def test_a_test_file_that_cannot_be_used_is_refused_by_its_own_name(tmp_path: Path) -> None:
     good = "a,b,y\n1,2,0\n"
-    refused(lambda: from_text(tmp_path, good, test="a,y\n1,0\n"), "data.source.features", "test.csv has no column 'b'")
-    refused(lambda: from_text(tmp_path, good, test="a,b\n1,0\n"), "data.source.label", "test.csv has no column 'y'")
+    refused(lambda: from_text(tmp_path, good, test="a,y\n1,0\n"), "data.source.test_path", "test.csv has no column 'b'")
+    refused(lambda: from_text(tmp_path, good, test="a,b\n1,0\n"), "data.source.test_path", "test.csv has no column 'y'")
     refused(
         lambda: from_text(tmp_path, good, test="a,b,y\n1,x,0\n"),
         "data.source.test_path",

@@ -12,7 +12,8 @@ import torch
 
 import fedsim
 from clients.adversarial import gradient_of, pgd
-from clients.errors import RequestError
+from clients.data_attacks import DataAttack
+from clients.errors import RequestError, RunError
 from clients.task import Classification
 from fedsim.assembly import assemble
 from tests.end_to_end.commands import fedsim as command
@@ -68,8 +69,13 @@ def test_adversarial_training_gives_the_same_bits_on_every_engine(tmp_path):
             {"adversarial": {"eps": 0.1, "fraction": 0.5}, "dp_sgd": {"noise_multiplier": 1.0}},
             "dp_sgd needs adversarial.fraction = 1",
         ),
+        (
+            {"personal": ["head"], "personal_epochs": 1, "early_stopping": {}},
+            "client.early_stopping: it would stop a client in its epochs on personal parameters",
+        ),
+        ({"lr_factors": {"head": 0.0}}, r"client.lr_factors.head: 0.0 is out of range; give a number above 0"),
     ],
-    ids=["eps", "attack", "dp_sgd"],
+    ids=["eps", "attack", "dp_sgd", "phases", "factor"],
 )
 def test_what_makes_no_sense_is_refused(client, said, tmp_path):
     with pytest.raises(RequestError, match=said):
@@ -129,10 +135,48 @@ def test_a_free_rider_sends_nothing_of_its_own(tmp_path):
         assert {client for client, norm in norms if norm == 0} == {0}
 
 
+class Odd(DataAttack):
+    """An attack of a user's own."""
+
+    def __init__(self, fault="poison"):
+        self.fault = fault
+
+    def poison(self, batch, examples, ctx):
+        if self.fault == "poison":
+            raise ValueError("oops")
+        return {"x": batch["x"][:1]} if self.fault == "shape" else batch
+
+    def update(self, rows, clients, round, ctx):
+        if self.fault == "update":
+            return rows[:, :3]
+        return rows * float("nan") if self.fault == "nan" else rows
+
+
+@pytest.mark.parametrize("fault", ["poison", "shape", "update"])
+def test_a_fault_in_an_attack_of_ones_own_is_named(fault, tmp_path):
+    experiment = fedsim.Experiment(rounds=1, attacks=[{"name": Odd(fault), "fraction": 0.5}])
+    half = "poison" if fault == "shape" else fault
+    with pytest.raises(RunError, match=rf"attacks\..*Odd, {half}"):
+        fedsim.run(experiment, out=tmp_path / "run", engine="inline")
+
+
+def test_an_attacker_that_sends_nan_is_left_out_and_the_others_count(tmp_path):
+    experiment = fedsim.Experiment(rounds=2, data={"clients": 10}, attacks=[{"name": Odd("nan"), "clients": [4]}])
+    result = fedsim.run(experiment, out=tmp_path / "run")
+    events = query(tmp_path / "run", "SELECT kind, client FROM events")
+    assert events == [("dropped_update", 4)] * 2
+    assert torch.isfinite(result.row).all()
+
+
 @pytest.mark.parametrize(
     ("attacks", "said"),
     [
         ([{"name": "label_flip"}], "give fraction or clients"),
+        ([{"name": "label_flip", "clients": []}], "clients names nobody"),
+        (
+            [{"name": "label_flip", "clients": [1]}, {"name": "free_rider", "clients": [1]}],
+            r"attacks.free_rider.clients: 1 attacks already",
+        ),
         ([{"name": "label_flip", "clients": [100]}], "attacks.label_flip.clients: 100 cannot be malicious"),
         ([{"name": "label_flip", "source": 1, "target": 12, "fraction": 0.1}], "12"),
         (
@@ -141,7 +185,7 @@ def test_a_free_rider_sends_nothing_of_its_own(tmp_path):
         ),
         ([{"name": "label_flop", "fraction": 0.7}], "unknown attack 'label_flop'.*did you mean 'label_flip'"),
     ],
-    ids=["nobody", "unknown client", "unknown class", "too many", "unknown attack"],
+    ids=["nobody", "empty", "twice", "unknown client", "unknown class", "too many", "unknown attack"],
 )
 def test_attacks_that_cannot_be_are_refused(attacks, said, tmp_path):
     with pytest.raises(RequestError, match=said):

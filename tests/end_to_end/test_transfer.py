@@ -16,7 +16,6 @@ import fedsim
 from clients.errors import RequestError
 from clients.transfer import merge_adapters
 from fedsim.models import resnet18
-from tests.end_to_end.commands import fedsim as command
 from tests.end_to_end.commands import run
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "transfer.py"
@@ -96,16 +95,43 @@ def test_fine_tuning_the_head_of_a_frozen_resnet18_sends_less_than_a_hundredth_a
     assert model.fc.weight.shape == (10, 512)
 
 
-def test_a_run_that_rests_on_other_weights_than_it_began_with_is_not_gone_on_with(file, tmp_path):
-    settings = ["--set", "model=resnet18", "--set", f"client.initialization={{name='file', path='{file}', new=['fc']}}"]
-    settings += ["--set", "client.freeze=['*', '!fc']", "--set", "client.epochs=1", "--set", "data.clients=20"]
-    run(tmp_path, *settings, "--set", "rounds=1", "--out", "run")
-    changed = torch.load(file)
-    changed["conv1.weight"] += 1
-    torch.save(changed, file)
-    code, _, err = command(tmp_path, "run", *settings, "--set", "rounds=1", "--out", "run", "--resume")
-    assert code == 2
-    assert "client.initialization.path: its file has changed since the run began" in err
+@pytest.mark.parametrize("kept", ["frozen", "personal"])
+def test_a_run_keeps_what_it_rests_on_whatever_becomes_of_the_file(kept, file, tmp_path):
+    """Frozen weights and the first ones of personal layers are in no checkpoint, and a resume needs them."""
+    client = {"frozen": {"freeze": ["*", "!fc"]}, "personal": {"personal": ["fc"], "freeze": ["conv1", "layer*"]}}[kept]
+    client |= {"initialization": {"name": "file", "path": str(file), "new": ["fc"]}, "epochs": 1}
+    settings = {"model": "resnet18", "data": {"clients": 20}, "client": client, "evaluation": {"every": 1}}
+    whole = fedsim.run(fedsim.Experiment(rounds=2, **settings), out=tmp_path / "whole")
+    played = fedsim.rounds(fedsim.Experiment(rounds=2, **settings), out=tmp_path / "run")
+    next(played), next(played)
+    played.close()
+    torch.save({name: torch.zeros_like(tensor) for name, tensor in torch.load(file).items()}, file)
+    again = fedsim.run(out=tmp_path / "run", resume=True)
+    assert again.summary["weights_sha256"] == whole.summary["weights_sha256"]
+    assert again.metrics == whole.metrics
+    models = [fedsim.load_model(tmp_path / name, None if kept == "frozen" else 3) for name in ("whole", "run")]
+    assert all(torch.equal(a, b) for a, b in zip(*(model.state_dict().values() for model in models), strict=True))
+
+
+def test_a_frozen_run_can_be_started_from_and_one_with_adapters_says_what_to_do(file, tmp_path):
+    start = {"name": "file", "path": str(file), "new": ["fc"]}
+    frozen = {"initialization": start, "freeze": ["*", "!fc"], "epochs": 1}
+    first = fedsim.run(fedsim.Experiment(rounds=1, model="resnet18", client=frozen), out=tmp_path / "frozen")
+    file_of = {"name": "file", "path": str(tmp_path / "frozen")}
+    on = {"initialization": file_of, "lr": 1e-300, "epochs": 1}
+    weights = fedsim.run(fedsim.Experiment(rounds=1, model="resnet18", client=on), out=tmp_path / "on").weights
+    assert torch.equal(weights["fc.weight"], first.weights["fc.weight"])
+    assert torch.equal(weights["layer1.0.conv1.weight"], torch.load(file)["layer1.0.conv1.weight"])
+
+    fedsim.run(fedsim.Experiment(rounds=1, client={"adapters": {"rank": 2}, "lr": 0.01}), out=tmp_path / "adapters")
+    from_adapters = {"initialization": {"name": "file", "path": str(tmp_path / "adapters")}}
+    with pytest.raises(RequestError, match=r"of an adapter; merge it first"):
+        fedsim.run(fedsim.Experiment(rounds=1, client=from_adapters), out=tmp_path / "no")
+    merged = merge_adapters(fedsim.load_model(tmp_path / "adapters")).state_dict()
+    torch.save(merged, tmp_path / "merged.pt")
+    from_merged = {"initialization": {"name": "file", "path": str(tmp_path / "merged.pt")}, "lr": 1e-300}
+    weights = fedsim.run(fedsim.Experiment(rounds=1, client=from_merged), out=tmp_path / "merged").weights
+    assert torch.equal(weights["hidden1.weight"], merged["hidden1.weight"])
 
 
 @pytest.mark.parametrize("execution", ["stacked", "loop"])

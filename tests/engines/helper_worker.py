@@ -28,6 +28,9 @@ class Worker:
     def raises(self, chunk, broadcast):
         raise ValueError(f"chunk {chunk} is bad")
 
+    def says(self, chunk, broadcast):
+        raise broadcast["kind"](f"data.source.train.x: nan at [{chunk}]")
+
     def die_once(self, chunk, broadcast):
         mark = Path(broadcast["folder"]) / str(chunk)
         if chunk == 2 and not mark.exists():

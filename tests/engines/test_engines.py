@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from clients.errors import RunError
+from clients.errors import RequestError, RunError
 from fedsim.engines.inline import Inline
 from fedsim.engines.memory import Segments, adopt, dumps
 from fedsim.engines.processes import Processes
@@ -68,6 +68,17 @@ def test_what_a_worker_raises_is_an_error_with_its_traceback(two):
     with pytest.raises(RunError, match=r"ValueError: chunk 0 is bad(.|\n)*in raises"):
         list(two.map("raises", [0, 1], {}))
     assert [r.answer.value for r in two.map("slowly", [0, 0], {})] == [0, 0]  # the engine goes on
+
+
+@pytest.mark.parametrize("kind", [RequestError, RunError])
+def test_what_a_worker_says_on_purpose_is_the_same_line_from_every_engine(kind):
+    for engine in engines():
+        with engine:
+            engine.start(Worker)
+            with pytest.raises(kind) as caught:
+                list(engine.map("says", [1, 2], {"kind": kind}))
+            assert type(caught.value) is kind
+            assert str(caught.value) == "data.source.train.x: nan at [1]"
 
 
 def test_a_setup_that_fails_says_why():

@@ -288,6 +288,14 @@ def test_the_page_tells_who_holds_what(tmp_path: Path) -> None:
     )
 
 
+def test_test_examples_that_are_the_servers_are_not_said_to_be_kept(tmp_path: Path) -> None:
+    holding = Holding(skewed(4), {"validation": np.full(4, 2), "test": np.full(4, 25)}, matched=True)
+    page = Page(write_report(counted(tmp_path / "run", holding)))
+    assert "Clients keep 8 for validation besides. The server holds 40 test examples" in page.text
+    assert "Clients test on the server's test examples" in page.text
+    assert "comes to 100 examples, counted for each client" in page.text
+
+
 def test_a_picture_of_labels_that_are_no_classes_shows_sizes(tmp_path: Path) -> None:
     page = Page(write_report(counted(tmp_path / "run", Holding(skewed(30), labelled=False))))
     figure = page.figures["population"]

@@ -18,6 +18,7 @@ class Holding:
         counts: ``int [clients, classes]`` training examples of each client and class.
         others: examples of each client in further splits.
         labelled: whether labels are classes.
+        matched: whether the clients' test examples are the server's.
         asked: the clients whose labels were looked at.
     """
 
@@ -26,6 +27,7 @@ class Holding:
     server: dict[str, Any] = field(default_factory=lambda: {"test": range(40), "proxy": range(12)})
     held_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     labelled: bool = True
+    matched: bool = False
     asked: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property

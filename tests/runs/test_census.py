@@ -40,6 +40,7 @@ def test_the_figures_of_four_clients() -> None:
         "held_out": 1,
         "attacks": {"label_flip": 2},
         "server": {"test": 40, "proxy": 12},
+        "matched": False,
         "partition": "dirichlet (alpha 0.3)",
         "classes": 3,
         "recorded": 4,

@@ -229,6 +229,30 @@ def test_krum_and_multi_krum_choose_as_by_brute_force(seed, f, more):
     assert torch.equal(multi_krum(rows, f), multi_krum(rows, f, len(rows) - f))
 
 
+def test_other_arguments_out_of_range_are_refused():
+    rows, center = drawn(0), torch.zeros(7)
+    for call in (
+        lambda: centered_clipping(rows, center, 0.0),
+        lambda: centered_clipping(rows, center, math.nan),
+        lambda: centered_clipping(rows, center, iterations=0),
+        lambda: centered_clipping(rows, center[:6]),
+        lambda: centered_clipping(rows, center / 0),
+        lambda: fltrust(rows, center[:1]),
+        lambda: norm_bounding(rows, -1.0),
+        lambda: norm_bounding(rows, weights=torch.ones(3)),
+        lambda: geometric_median(rows, torch.zeros(15)),
+        lambda: geometric_median(rows, torch.arange(-1.0, 14.0)),
+        lambda: dnc(rows, 1, iterations=0),
+        lambda: dnc(rows, 1, columns=0),
+        lambda: bucketing(rows, 0),
+        lambda: mean_around_median(rows, 16),
+        lambda: mean_around_median(rows, 0),
+    ):
+        with pytest.raises(RequestError):
+            call()
+    assert torch.equal(krum(rows, np.int64(3)), krum(rows, 3))
+
+
 def test_multi_krum_selects_from_1_to_n_less_f():
     for wrong in (0, 6):
         with pytest.raises(RequestError, match=f"num_selected: {wrong} is not from 1 to n - f = 5"):
