@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +16,6 @@ from fedsim.engines.inline import Inline
 from fedsim.experiment import DeviceSettings
 from fedsim.simulation import InMemory, Simulation
 from strategies.buffered import FedBuff
-from tests.end_to_end.commands import fedsim as command
 from tests.end_to_end.commands import interrupt_after, query, start
 
 BUSY = {"speed_spread": 1.0, "jitter": 0.3, "dropout": 0.1, "up_mbps": 1.0, "down_mbps": 10.0, "latency": 0.1}
@@ -164,19 +162,20 @@ def test_a_step_is_the_sum_of_discounted_updates_over_their_number():
 
 
 def test_it_gives_the_same_bits_on_every_engine_and_after_a_kill(tmp_path):
-    settings = ["--set", "rounds=40", "--set", "strategy=fedbuff", "--set", "strategy.concurrency=30"]
-    settings += [part for name, value in BUSY.items() for part in ("--set", f"devices.{name}={value}")]
+    devices = "\n".join(f"{name} = {value}" for name, value in BUSY.items())
+    (tmp_path / "busy.toml").write_text(
+        "rounds = 20\n[client]\nepochs = 1\n[strategy]\nname = 'fedbuff'\nconcurrency = 12\nclients_per_round = 5\n"
+        f"[devices]\n{devices}\n"
+    )
     ends = set()
-    for name, engine in (("inline", ["--engine", "inline"]), ("two", ["--engine", "processes", "--workers", "2"])):
-        code, out, err = command(tmp_path, "run", "--json", "--out", name, *engine, *settings)
-        assert code == 0, err
-        ends.add(json.loads(out)["weights_sha256"])
-    process = start(tmp_path, "run", "--quiet", "--out", "killed", "--engine", "inline", *settings)
-    assert interrupt_after(process, tmp_path / "killed", 10)
+    for name, engine, workers in (("inline", "inline", None), ("two", "processes", 2)):
+        result = fedsim.run(tmp_path / "busy.toml", out=tmp_path / name, engine=engine, workers=workers)
+        ends.add(result.summary["weights_sha256"])
+    process = start(tmp_path, "run", "busy.toml", "--quiet", "--out", "killed", "--engine", "inline")
+    assert interrupt_after(process, tmp_path / "killed", 6)
     process.communicate()
-    code, out, err = command(tmp_path, "run", "--json", "--out", "killed", "--resume", *settings)
-    assert code == 0, err
-    ends.add(json.loads(out)["weights_sha256"])
+    assert query(tmp_path / "killed", "SELECT max(round) FROM rounds")[0][0] < 20
+    ends.add(fedsim.run(out=tmp_path / "killed", resume=True).summary["weights_sha256"])
     assert len(ends) == 1
     seconds = [
         query(tmp_path / name, "SELECT simulated_seconds FROM rounds ORDER BY round") for name in ("two", "killed")

@@ -15,7 +15,7 @@ from torch import nn
 import fedsim
 from clients.errors import RequestError
 from clients.transfer import merge_adapters
-from fedsim.models import resnet18
+from fedsim.models import mlp, resnet18
 from tests.end_to_end.commands import run
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "transfer.py"
@@ -70,7 +70,8 @@ def test_fine_tuning_the_head_of_a_frozen_resnet18_sends_less_than_a_hundredth_a
     rounds = 2
     model = "resnet18"
     [data]
-    clients = 12
+    clients = 60
+    test_fraction = 0.05
     [client]
     epochs = 1
     initialization = {{ name = "file", path = "{file}", new = ["fc"] }}
@@ -98,9 +99,14 @@ def test_fine_tuning_the_head_of_a_frozen_resnet18_sends_less_than_a_hundredth_a
 @pytest.mark.parametrize("kept", ["frozen", "personal"])
 def test_a_run_keeps_what_it_rests_on_whatever_becomes_of_the_file(kept, file, tmp_path):
     """Frozen weights and the first ones of personal layers are in no checkpoint, and a resume needs them."""
-    client = {"frozen": {"freeze": ["*", "!fc"]}, "personal": {"personal": ["fc"], "freeze": ["conv1", "layer*"]}}[kept]
-    client |= {"initialization": {"name": "file", "path": str(file), "new": ["fc"]}, "epochs": 1}
-    settings = {"model": "resnet18", "data": {"clients": 20}, "client": client, "evaluation": {"every": 1}}
+    model, head, client = "resnet18", "fc", {"freeze": ["*", "!fc"]}
+    if kept == "personal":
+        file, model, head, client = tmp_path / "mlp.pt", "mlp", "head", {"personal": ["head"]}
+        torch.save(mlp(input_shape=(64,), classes=10).state_dict(), file)
+    client |= {"initialization": {"name": "file", "path": str(file), "new": [head] if kept == "frozen" else []}}
+    data = {"clients": 10, "test_fraction": 0.05, "client_test_fraction": 0.1 if kept == "personal" else 0.0}
+    settings = {"model": model, "data": data, "client": {"epochs": 1, **client}}
+    settings["strategy"] = {"clients_per_round": 4}
     whole = fedsim.run(fedsim.Experiment(rounds=2, **settings), out=tmp_path / "whole")
     played = fedsim.rounds(fedsim.Experiment(rounds=2, **settings), out=tmp_path / "run")
     next(played), next(played)
