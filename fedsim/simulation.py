@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -18,12 +18,11 @@ from clients.evaluation import Total, add_totals
 from clients.local_state import PERSONAL
 from clients.statistics import STATISTICS
 from clients.updates import Updates
-from fedsim.buffering import Queue
-from fedsim.devices import Devices
 from fedsim.engines.engine import Engine, Result
 from fedsim.execution import chunk_sizes
-from fedsim.experiment import DeviceSettings, Experiment
+from fedsim.experiment import Experiment
 from fedsim.records import Event, RoundRecord
+from fedsim.scheduling import Scheduler, Work
 from fedsim.worker import Chunk, Piece, Setup, TrainedChunk, Worker
 from strategies.aggregation import add_sums
 from strategies.checks.check import CheckContext
@@ -77,40 +76,6 @@ class InMemory:
             self.rows.setdefault(name, {}).update(zip(ids.tolist(), rows.clone(), strict=True))
 
 
-@dataclass(frozen=True)
-class Present:
-    """The population as a strategy sees it at a time: those that are there.
-
-    Attributes:
-        clients: how many clients there are in all.
-        trainable: ``int64`` ids of those that can be asked to train now.
-        examples: ``int64 [clients]``, how many training examples each holds.
-    """
-
-    clients: int
-    trainable: np.ndarray
-    examples: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What the clients of a round are to do.
-
-    Attributes:
-        clients: ``int64`` ids, ascending.
-        groups: version of the weights -> the clients that begin from it.
-        dropped: ids of those that were sent the weights and will not answer.
-        began: how many were sent the weights.
-        seconds: what all of it takes on the clients' devices; None where that is not simulated.
-    """
-
-    clients: np.ndarray
-    groups: dict[int, np.ndarray]
-    dropped: list[int]
-    began: int
-    seconds: float | None
-
-
 @dataclass
 class _Collected:
     """What a round's chunks gave, in the order of addition."""
@@ -149,12 +114,9 @@ class Simulation:
         if setup.recipe.dp_sgd is not None:
             self.state[_EPSILON] = torch.zeros((), dtype=torch.float64)
         self.attacks = {client: group.name for group in setup.malicious for client in group.clients.tolist()}
-        self.devices = None if experiment.devices is None else Devices(experiment.devices, setup.seed)
-        self.queue: Queue | None = None
-        self._versions: dict[int, Tensor] = {}
-        if self.strategy.concurrency is not None:
-            self.queue, self._versions = self._queue(self.strategy.concurrency), {0: self.weights}
-        if self.devices is not None:
+        self.scheduler = Scheduler(experiment, setup)
+        self._versions = {0: self.weights}
+        if self.scheduler.keeps_time:
             self.state[_CLOCK] = torch.zeros((), dtype=torch.float64)
         self._staged: ClientState = {}
         self._local: Worker | None = None
@@ -166,7 +128,7 @@ class Simulation:
 
     def checkpoint(self) -> dict[str, Tensor]:
         """What the next round starts from: the weights ``row`` and the strategy's state."""
-        versions = {} if self.queue is None else {f"version/{v}": self._versions[v] for v in self.queue.versions}
+        versions = {f"version/{v}": self._versions[v] for v in self.scheduler.versions}
         return {"row": self.weights, **versions, **{f"state/{name}": value for name, value in self.state.items()}}
 
     def restore(self, round: int, tensors: Mapping[str, Tensor]) -> None:
@@ -174,11 +136,9 @@ class Simulation:
         self.round = round
         self.weights = tensors["row"].clone()
         self.state = {name[6:]: value.clone() for name, value in tensors.items() if name.startswith("state/")}
-        if self.queue is not None:
-            while self.queue.version < round:
-                self.queue.next()
-            kept = {int(name[8:]): value.clone() for name, value in tensors.items() if name.startswith("version/")}
-            self._versions = {**kept, round: self.weights}
+        self.scheduler.go_on_after(round)
+        kept = {int(name[8:]): value.clone() for name, value in tensors.items() if name.startswith("version/")}
+        self._versions = {**kept, round: self.weights}
 
     def commit(self, record: RoundRecord) -> None:
         """Makes a round's result the run's: record, checkpoint and client state together."""
@@ -200,7 +160,7 @@ class Simulation:
         begun = time.perf_counter()
         number = self.round + 1
         ctx = self._context(number)
-        work = self._asked(ctx) if self.queue is None else self._buffered(self.queue)
+        work = self.scheduler.next(ctx, float(self.state.get(_CLOCK, 0.0)))
         cohort = work.clients
         found = self._train(work, ctx)
         record = RoundRecord(
@@ -236,9 +196,8 @@ class Simulation:
             record.events.append(Event(number, "dropped_out", message, work.dropped[0], "training"))
         moved = self._combine(found, ctx, record)
         self.round = number
-        if self.queue is not None:
-            needed = self.queue.versions
-            self._versions = {v: row for v, row in self._versions.items() if v in needed} | {number: self.weights}
+        needed = self.scheduler.versions
+        self._versions = {v: row for v, row in self._versions.items() if v in needed} | {number: self.weights}
         self._staged = {
             name: (torch.cat([ids for ids, _ in parts]), torch.cat([rows for _, rows in parts]))
             for name, parts in found.state.items()
@@ -254,60 +213,6 @@ class Simulation:
         server: dict[str, Any] = {"data": self._data, "train": self._train_on_server, "evaluate": self.evaluate}
         return Context(round, self.layout, self.weights, self.population, setup.task, setup.seed, server, setup.recipe)
 
-    def _asked(self, ctx: Context) -> _Work:
-        """The work of a synchronous round: the cohort's, less those that drop out."""
-        if self.devices is not None:
-            trainable = self.population.trainable
-            there = trainable[self.devices.present(trainable, float(self.state[_CLOCK]))]
-            ctx = replace(ctx, population=Present(self.population.clients, there, self.population.examples))
-        cohort, dropped, seconds = self._cohort(ctx), np.empty(0, dtype=np.int64), None
-        began = len(cohort)
-        if self.devices is not None:
-            out = self.devices.drops_out(cohort, ctx.round)
-            cohort, dropped = cohort[~out], cohort[out]
-            seconds = float(self._durations(cohort, ctx.round).max(initial=0.0))
-            if not began:  # nobody is there: time passes
-                seconds = self.devices.said.period / 100
-        return _Work(cohort, {ctx.round - 1: cohort}, dropped.tolist(), began, seconds)
-
-    def _buffered(self, queue: Queue) -> _Work:
-        """The work of the updates that arrive until the server's next step."""
-        before = queue.time
-        batch = queue.next()
-        groups = {int(v): batch.clients[batch.versions == v] for v in np.unique(batch.versions)}
-        return _Work(batch.clients, groups, batch.dropped, batch.began, batch.time - before)
-
-    def _queue(self, concurrency: int) -> Queue:
-        said = self.experiment.devices or DeviceSettings(step_seconds=1.0)
-        self.devices = Devices(said, self.setup.seed)
-        trainable = self.population.trainable
-        size = round(self.strategy.sampling.expected(len(trainable)))
-
-        def duration(client: int, version: int) -> float:
-            return float(self._durations(np.array([client]), version + 1)[0])
-
-        return Queue(trainable, size, concurrency, self.devices, duration, self.setup.seed)
-
-    def _durations(self, clients: np.ndarray, number: int) -> np.ndarray:
-        """How long the work of a round takes each client, ``float64 [k]``; a row is sent as it is."""
-        assert self.devices is not None
-        sizes = self.population.splits["train"].sizes[clients]
-        steps = work(self.setup.recipe, sizes, clients, self.setup.seed, number).steps
-        size = self.layout.size * self.layout.dtype.itemsize
-        return self.devices.seconds(clients, number, steps, size, np.full(len(clients), size))
-
-    def _cohort(self, ctx: Context) -> np.ndarray:
-        ids, able = np.unique(np.asarray(self.strategy.sampling.cohort(ctx))), ctx.population.trainable
-        # Of an empty cohort the dtype says nothing.
-        whole = ids.dtype.kind in "iu" or not len(ids)
-        strange = ids[~np.isin(ids, able)] if whole else ids
-        if len(strange):
-            raise RunError(
-                f"round {ctx.round}, sampling: {self.strategy.sampling!r} chose client {strange[0]}, which cannot be"
-                " trained; choose from ctx.population.trainable (clients with examples that are not held out)"
-            )
-        return ids.astype(np.int64)
-
     def _bytes_down(self) -> int:
         sent = [*self.strategy.broadcast(self.state).values(), *self._statistics().values()]
         return self.weights.nbytes + sum(value.nbytes for value in sent if value is not None)
@@ -318,7 +223,7 @@ class Simulation:
 
     # ------------------------------------------------------------------------------------------ training
 
-    def _train(self, work: _Work, ctx: Context) -> _Collected:
+    def _train(self, work: Work, ctx: Context) -> _Collected:
         found, cohort = _Collected(None, [], [], [], [], {}, []), work.clients
         rows = None
         last = self._keep_rows and ctx.round == self.experiment.rounds
@@ -332,7 +237,7 @@ class Simulation:
             broadcast = {
                 "round": version + 1,
                 "staleness": ctx.round - 1 - version,
-                "weights": self._broadcast_weights(self._versions.get(version, self.weights)),
+                "weights": self._broadcast_weights(self._versions[version]),
                 "state": self.strategy.broadcast(self.state),
                 "rows": rows,
                 **self._statistics(),

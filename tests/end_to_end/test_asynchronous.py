@@ -14,6 +14,7 @@ from fedsim.buffering import Queue
 from fedsim.devices import Devices
 from fedsim.engines.inline import Inline
 from fedsim.experiment import DeviceSettings
+from fedsim.scheduling import Scheduler
 from fedsim.simulation import InMemory, Simulation
 from strategies.buffered import FedBuff
 from tests.end_to_end.commands import interrupt_after, query, start
@@ -144,7 +145,8 @@ def test_a_step_is_the_sum_of_discounted_updates_over_their_number():
     engine = Inline()
     engine.start(setup)
     simulation, trainer = Simulation(experiment, setup, engine, InMemory()), setup.trainer()
-    events, stale = simulation._queue(8), []
+    scheduler = Scheduler(experiment, setup)
+    events, stale = scheduler.queue, []
     weights = {0: simulation.weights.clone()}
     for number in range(1, 7):
         simulation.step()
