@@ -217,6 +217,11 @@ def list_(
             settings = ", ".join(f"{key}={known.shown}".rstrip("=") for key, known in entry.settings.items())
             print(f"  {entry.name}({settings})" if settings else f"  {entry.name}")
             print(f"      {entry.summary}")
+            if "composes_with" in entry.attributes:
+                told = entry.attributes
+                print(f"      Needs the {told['needs']}; keeps {told['keeps']}; goes with {told['composes_with']}.")
+            elif "needs" in entry.attributes and name == "aggregators":
+                print(f"      Needs the {entry.attributes['needs']}.")
         if not found:
             print("  none yet")
 

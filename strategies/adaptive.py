@@ -24,6 +24,9 @@ class FedAdam(Strategy):
 
     _rule: type[Adam] = Adam
 
+    keeps = "moments on the server"
+    composes_with = "any sampling, correction, plug-ins and aggregator"
+
     def __init__(
         self,
         lr: Positive = 0.01,
@@ -46,6 +49,9 @@ class FedYogi(FedAdam):
 
 class FedAdagrad(Strategy):
     """FedAvg's mean update through Adagrad, by default without first moment (b1 = 0), as in the paper."""
+
+    keeps = "moments on the server"
+    composes_with = "any sampling, correction, plug-ins and aggregator"
 
     def __init__(
         self,

@@ -34,6 +34,8 @@ class FedProx(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
+    composes_with = "any sampling, plug-ins, aggregator and server optimiser"
+
     def __init__(self, mu: NonNegative = 0.01, weighting: Literal["examples", "uniform"] = "examples", **parts: Any):
         super().__init__(**{"correction": Prox(mu), "aggregator": Mean(weighting), **parts})
 
@@ -47,6 +49,9 @@ class FedAvgM(Strategy):
         nesterov: x <- x + lr (D + momentum m).
         **parts: other parts of the composition, see :class:`Strategy`.
     """
+
+    keeps = "momentum on the server"
+    composes_with = "any sampling, correction, plug-ins and aggregator"
 
     def __init__(self, lr: Positive = 1.0, momentum: Rate = 0.9, nesterov: bool = False, **parts: Any):
         super().__init__(**{"server_optimizer": SGD(lr, momentum, nesterov), **parts})

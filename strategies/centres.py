@@ -61,7 +61,9 @@ def geometric_median_shares(
     return row_of(combined(array, shares), rows), torch.from_numpy(shares)
 
 
-def centered_clipping(rows: Tensor, center: Tensor, radius: float | None = None, *, iterations: int = 1) -> Tensor:
+def centered_clipping(
+    rows: Tensor, center: Tensor | None = None, radius: float | None = None, *, iterations: int = 1
+) -> Tensor:
     """``v <- v + mean_k (x_k - v) min(1, tau / ||x_k - v||)`` from the last aggregate (Karimireddy et al. 2021).
 
     Each row moves v by at most tau / n an iteration, so all f malicious ones by at most f tau / n; the guarantee
@@ -70,7 +72,7 @@ def centered_clipping(rows: Tensor, center: Tensor, radius: float | None = None,
 
     Args:
         rows: ``[n, d]``, finite.
-        center: ``[d]``, v before the first iteration.
+        center: ``[d]``, v before the first iteration; left out, zeros, as before the first round.
         radius: tau; left out, the median distance of the rows to v, anew in every iteration.
         iterations: how many.
 
@@ -84,14 +86,16 @@ def centered_clipping(rows: Tensor, center: Tensor, radius: float | None = None,
 
 
 def centered_clipping_shares(
-    rows: Tensor, center: Tensor, radius: float | None = None, *, iterations: int = 1
+    rows: Tensor, center: Tensor | None = None, radius: float | None = None, *, iterations: int = 1
 ) -> tuple[Tensor, Tensor]:
     """:func:`centered_clipping`, and how much of ``x_k - center`` is in it: ``float64 [n]``."""
     array = checked("centered_clipping", rows)
     _check_radius("centered_clipping", radius)
     if iterations < 1:
         raise RequestError(f"centered_clipping.iterations: {iterations} is not at least 1")
-    middle = _one_row("centered_clipping.center", center, array)
+    middle = np.zeros_like(array[0])
+    if center is not None:
+        middle = _one_row("centered_clipping.center", center, array)
     n = len(array)
     if iterations == 1:
         away = np.sqrt(squared_norms("centered_clipping", array, middle))

@@ -30,6 +30,9 @@ class Scaffold(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
+    keeps = "control variates, a row on the server and one a client"
+    composes_with = "clients with plain SGD, any sampling, plug-ins and server optimiser"
+
     def __init__(self, lr: Positive = 1.0, weighting: Literal["uniform", "examples"] = "uniform", **parts: Any):
         mine = {
             "correction": corrections.Scaffold(weighting),
@@ -48,6 +51,9 @@ class FedDyn(Strategy):
         alpha: how strongly clients are held to the round's weights.
         **parts: other parts of the composition, see :class:`Strategy`.
     """
+
+    keeps = "h on the server, a row a client"
+    composes_with = "any sampling; its aggregator and correction belong together"
 
     def __init__(self, alpha: Positive = 0.1, **parts: Any):
         super().__init__(**{"correction": corrections.FedDyn(alpha), "aggregator": Dynamic(alpha), **parts})

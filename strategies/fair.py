@@ -30,6 +30,8 @@ class QFedAvg(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
+    composes_with = "any sampling and correction; it sends more than the row, so no noise on the row alone"
+
     def __init__(self, q: NonNegative = 1.0, lr: Positive | None = None, **parts: Any):
         super().__init__(**{"aggregator": Fair(q, lr), **parts})
 

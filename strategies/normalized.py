@@ -31,6 +31,8 @@ class FedNova(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
+    composes_with = "clients with SGD or momentum, any sampling, plug-ins and server optimiser"
+
     def __init__(
         self,
         mu: NonNegative = 0.0,

@@ -20,6 +20,9 @@ class Median(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
+    needs = "rows"
+    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
+
     def __init__(self, **parts: Any):
         super().__init__(**{"aggregator": robust.MedianRule(), **parts})
 
@@ -34,6 +37,9 @@ class TrimmedMean(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
+    needs = "rows"
+    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
+
     def __init__(self, num_malicious: Malicious = 1, **parts: Any):
         super().__init__(**{"aggregator": robust.TrimmedMeanRule(num_malicious), **parts})
 
@@ -47,6 +53,9 @@ class Krum(Strategy):
         num_malicious: f; a round needs 2f + 3 updates.
         **parts: other parts of the composition, see :class:`Strategy`.
     """
+
+    needs = "rows"
+    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
 
     def __init__(self, num_malicious: Malicious = 1, **parts: Any):
         super().__init__(**{"aggregator": robust.KrumRule(num_malicious), **parts})
@@ -63,6 +72,9 @@ class MultiKrum(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
+    needs = "rows"
+    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
+
     def __init__(self, num_malicious: Malicious = 1, num_selected: Count | None = None, **parts: Any):
         super().__init__(**{"aggregator": robust.MultiKrumRule(num_malicious, num_selected), **parts})
 
@@ -77,6 +89,9 @@ class Bulyan(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
+    needs = "rows"
+    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
+
     def __init__(self, num_malicious: Malicious = 1, **parts: Any):
         super().__init__(**{"aggregator": robust.BulyanRule(num_malicious), **parts})
 
@@ -90,6 +105,9 @@ class GeometricMedian(Strategy):
         weigh_by: ``examples`` as in the paper, or ``uniform``.
         **parts: other parts of the composition, see :class:`Strategy`.
     """
+
+    needs = "rows"
+    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
 
     def __init__(self, weigh_by: WeighBy = "examples", **parts: Any):
         super().__init__(**{"aggregator": robust.GeometricMedianRule(weigh_by), **parts})
@@ -106,6 +124,10 @@ class CenteredClipping(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
+    needs = "rows"
+    keeps = "the last aggregate on the server"
+    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
+
     def __init__(self, radius: Positive | None = None, iterations: Count = 1, **parts: Any):
         super().__init__(**{"aggregator": robust.CenteredClippingRule(radius, iterations), **parts})
 
@@ -121,6 +143,9 @@ class NormBounding(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
+    needs = "rows"
+    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
+
     def __init__(self, radius: Positive | None = None, weigh_by: WeighBy = "uniform", **parts: Any):
         super().__init__(**{"aggregator": robust.NormBoundingRule(radius, weigh_by), **parts})
 
@@ -135,6 +160,9 @@ class FLTrust(Strategy):
     Args:
         **parts: other parts of the composition, see :class:`Strategy`.
     """
+
+    needs = "rows"
+    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
 
     def __init__(self, **parts: Any):
         super().__init__(**{"aggregator": robust.FLTrustRule(), **parts})
@@ -152,6 +180,9 @@ class DnC(Strategy):
         fraction: the paper's c.
         **parts: other parts of the composition, see :class:`Strategy`.
     """
+
+    needs = "rows"
+    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
 
     def __init__(
         self,
@@ -174,6 +205,10 @@ class SignSGD(Strategy):
         momentum: of the server, below 1, see :class:`SGD`.
         **parts: other parts of the composition, see :class:`Strategy`.
     """
+
+    needs = "rows"
+    keeps = "momentum on the server, where it has some"
+    composes_with = "any sampling and correction, and plug-ins that leave rows apart"
 
     def __init__(self, lr: Positive = 0.01, momentum: Rate = 0.0, **parts: Any):
         super().__init__(**{"aggregator": robust.SignMajorityRule(), "server_optimizer": SGD(lr, momentum), **parts})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ class Strategy:
         server_optimizer: what is done with the pseudo-gradient; left out, it is added as it is.
 
     Attributes:
+        needs: of a preset as it is named: whether its rule needs the ``sum`` of the updates or all ``rows``.
+        keeps: what state it keeps between rounds, and where.
+        composes_with: what else may stand beside it.
         concurrency: how many clients train at the same time without waiting for one another, so that the server takes a
             step with every ``clients_per_round`` updates; None where rounds are synchronous.
 
@@ -40,6 +43,9 @@ class Strategy:
         RequestError: for a part of the wrong kind, and for compositions that make no sense.
     """
 
+    needs: ClassVar[Literal["sum", "rows"]] = "sum"
+    keeps: ClassVar[str] = "nothing"
+    composes_with: ClassVar[str] = "any sampling, correction, plug-ins, aggregator and server optimiser"
     concurrency: int | None = None
 
     def __init__(

@@ -1,0 +1,32 @@
+"""What the catalogue says of a preset is what the preset does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import strategies.kinds  # noqa: F401  (declares the kind)
+from clients import catalog
+from clients.parts import Part
+from clients.task import Classification
+from clients.weights import Layout
+from strategies.context import Context
+
+SETTINGS = {"signsgd": {"momentum": 0.9}}
+
+
+class People:
+    clients, trainable, examples = 4, np.arange(4), np.ones(4, dtype=np.int64)
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in catalog.entries("strategies")])
+def test_a_preset_needs_and_keeps_what_it_says(name):
+    made = catalog.build(Part(name, SETTINGS.get(name, {})), "strategies")
+    layout = Layout(nn.Linear(3, 2))
+    ctx = Context(0, layout, torch.zeros(layout.size), People(), Classification())
+    assert made.needs == made.aggregator.needs
+    kept = {**made.init(ctx), **made.client_state(ctx)}
+    assert bool(kept) == (made.keeps != "nothing")
+    assert ("client" in made.keeps) == bool(made.client_state(ctx))
