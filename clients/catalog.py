@@ -183,6 +183,8 @@ def build(part: Part, kind: str, base: Path | None = None, *, key: str = "", **o
     if not (inspect.isclass(thing) or inspect.isroutine(thing) or isinstance(thing, functools.partial)):
         return thing
     asked = _asked(thing)
+    if "base" in kind_of(kind).offered:
+        offered = {"base": base, **offered}
     arguments = {**settings, **{name: offered[name] for name in offered if name in asked}}
     try:
         return thing(**arguments)

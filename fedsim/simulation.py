@@ -184,7 +184,7 @@ class Simulation:
         raised = [event for event in found.events if event.kind in ("client_failed", "too_few_examples")]
         if number == 1 and len(cohort) and len(raised) == len(cohort):
             raise RunError(f"round 1: all {len(cohort)} clients failed; client {raised[0].client}: {raised[0].message}")
-        assumed = getattr(self.strategy.aggregator, "num_malicious", None)
+        assumed = self.strategy.aggregator.assumes
         if record.malicious is not None and assumed is not None and record.malicious > assumed:
             message = f"{record.malicious} of {record.cohort} clients attacked, and the rule assumes at most {assumed}"
             record.events.append(Event(number, "assumption_exceeded", message))

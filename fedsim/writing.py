@@ -29,7 +29,7 @@ def plain(value: Any, base: Path) -> Any:
         head = {} if named is None else named if isinstance(named, dict) else {"name": named}
         return {name: known for name, known in {**head, **table}.items() if known is not None}
     if isinstance(value, Part):
-        name, settings = _name(value, base), plain(value.settings, base)
+        name, settings = _name(value, base), plain(_placed(value.settings, base), base)
         return {"name": name, **settings} if settings else name
     if isinstance(value, Mapping):
         return {str(name): plain(item, base) for name, item in value.items() if item is not None}
@@ -38,6 +38,16 @@ def plain(value: Any, base: Path) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return value.item() if hasattr(value, "item") and not getattr(value, "shape", ()) else str(value)
+
+
+def _placed(value: Any, base: Path) -> Any:
+    """A part's settings with the files of parts that stand in them, ``"file.py:Thing"``, made absolute."""
+    if isinstance(value, Mapping):
+        return {name: _placed(item, base) for name, item in value.items()}
+    place, _, attribute = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    if place.endswith(".py") and attribute.isidentifier() and (base / place).is_file():
+        return f"{(base / Path(place).expanduser()).resolve()}:{attribute}"
+    return value
 
 
 def with_defaults(value: Any, kind: str, base: Path) -> Any:

@@ -32,6 +32,11 @@ class Aggregator(Described):
     min_rows: int = 1
     needs_loss_before: bool = False
 
+    @property
+    def assumes(self) -> int | None:
+        """How many malicious clients the rule assumes at most, where it goes by a number."""
+        return getattr(self, "num_malicious", None)
+
     def check(self, recipe: Recipe) -> list[str]:
         """What of local training does not go with the rule, one line a key (``client.optimizer: ...``)."""
         return []

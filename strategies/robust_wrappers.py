@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +26,12 @@ class _Wrapper(Aggregator):
     needs = "rows"
     inner: Any
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "inner", _built(self.inner))
+    def __post_init__(self, base: Path | None) -> None:
+        object.__setattr__(self, "inner", _built(self.inner, base))
+
+    @property
+    def assumes(self) -> int | None:
+        return self.inner.assumes
 
     def init(self, ctx: Context) -> State:
         return self.inner.init(ctx)
@@ -55,6 +60,7 @@ class Bucketing(_Wrapper):
 
     inner: Any
     size: Count = 2
+    base: InitVar[Path | None] = None
 
     @property
     def min_rows(self) -> int:  # type: ignore[override]
@@ -99,6 +105,7 @@ class NearestNeighborMixing(_Wrapper):
 
     inner: Any
     num_malicious: Malicious | None = None
+    base: InitVar[Path | None] = None
 
     @property
     def _f(self) -> int:
@@ -108,12 +115,16 @@ class NearestNeighborMixing(_Wrapper):
     def min_rows(self) -> int:  # type: ignore[override]
         return max(2 * self._f + 1, self.inner.min_rows)
 
+    @property
+    def assumes(self) -> int | None:
+        return self._f
+
     def combine(self, u: Updates, state: State, ctx: Context) -> Combined:
         mixed = mixing.nearest_neighbor_mixing(u.rows, self._f)
         return self._handed_on(u.replace(rows=mixed), state, ctx)
 
 
-def _built(inner: Any) -> Aggregator:
+def _built(inner: Any, base: Path | None) -> Aggregator:
     """The rule behind a wrapper, from what stands for a part."""
     key = "strategy.aggregator.inner"
     if isinstance(inner, Aggregator):
@@ -122,7 +133,7 @@ def _built(inner: Any) -> Aggregator:
         part = Part.of(inner)
     except ValueError as error:
         raise RequestError(f"{key}: {error}") from None
-    made = catalog.build(part, "aggregators", key=key)
+    made = catalog.build(part, "aggregators", base, key=key)
     if not isinstance(made, Aggregator):
         raise RequestError(f"{key}: {made!r} is no Aggregator; derive it from strategies.Aggregator")
     return made
