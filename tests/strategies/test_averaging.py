@@ -87,14 +87,14 @@ def test_a_simulation_reaches_fedavgs_own_fixed_point():
     )
 
 
-def losses(mu: float, seed: int, **source: object) -> np.ndarray:
-    """Test loss after each of 60 rounds of the paper's protocol."""
+def losses(mu: float, seed: int, rounds: int = 60, **source: object) -> np.ndarray:
+    """Test loss after each round of the paper's protocol."""
     said = fedsim.Experiment(
-        rounds=60,
+        rounds=rounds,
         seed=seed,
         data={"source": {"name": "synthetic", **source}, "partition": "natural", "clients": 30},
         model="logistic",
-        client={"lr": 0.01, "batch_size": 10, "epochs": 20, "initialization": "xavier_uniform"},
+        client={"lr": 0.01, "batch_size": 10, "epochs": 20, "initialization": "xavier_uniform", "execution": "loop"},
         strategy={"name": "fedprox", "mu": mu, "clients_per_round": 10},
         evaluation={"every": 1},
     )
@@ -102,9 +102,14 @@ def losses(mu: float, seed: int, **source: object) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_a_proximal_term_helps_unlike_clients_and_slows_like_ones():
-    """The orderings of figure 2 of Li et al. 2020 ("Federated optimization in heterogeneous networks") in its data."""
-    free, held = losses(0.0, 1, iid=True), losses(1.0, 1, iid=True)
-    assert free[-20:].mean() < held[-20:].mean()
-    free, held = losses(0.0, 1, alpha=0.0, beta=0.0), losses(1.0, 1, alpha=0.0, beta=0.0)
-    assert held[-20:].mean() < free[-20:].mean()
+def test_a_proximal_term_slows_clients_that_are_alike():
+    """As figure 2 of Li et al. 2020 ("Federated optimization in heterogeneous networks") has it for IID data."""
+    assert losses(0.0, 1, rounds=30, iid=True)[-10:].mean() < losses(1.0, 1, rounds=30, iid=True)[-10:].mean()
+
+
+@pytest.mark.slow
+def test_a_proximal_term_helps_and_steadies_clients_that_differ():
+    """The same figure for Synthetic(0, 0): the last 20 of 60 rounds, means of three seeds."""
+    free, held = ([losses(mu, seed, alpha=0.0, beta=0.0)[-20:] for seed in range(3)] for mu in (0.0, 1.0))
+    assert np.mean(held) < 0.6 * np.mean(free)
+    assert np.mean([last.std() for last in free]) > 3 * np.mean([last.std() for last in held])
