@@ -27,7 +27,7 @@ from clients.batches import Schedule as Batches
 from clients.batches import Work, schedule, work
 from clients.descent import Descent, Rates
 from clients.embedding import keep_padding
-from clients.errors import RequestError
+from clients.errors import RequestError, RunError
 from clients.examples import Examples, in_precision
 from clients.hooks import ClientData, ClientFailure, Correction, LocalContext, LocalTraining, Variables
 from clients.local_state import CORRECTION, MOMENTS, PERSONAL, RELEASES, STEPS, Stack, kept_state, under
@@ -50,6 +50,18 @@ if TYPE_CHECKING:
     from clients.dp_sgd import PrivateExecutor
 
 
+#: Why an update is left out.
+NOT_USABLE = "the update holds NaN or infinite values; left out"
+
+
+def usable_rows(rows: Tensor) -> Tensor:
+    """Which rows ``[k, d]`` are finite, and their norms too, ``bool [k]``."""
+    # The sum of a row is finite only if every entry is; an overflow of the sum is looked at closely.
+    if bool(torch.isfinite(rows.sum(1)).all()) and rows.dtype != torch.float64:
+        return torch.ones(len(rows), dtype=torch.bool)
+    return torch.isfinite(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
+
+
 @dataclass
 class Trained:
     """What training a chunk gave.
@@ -70,15 +82,11 @@ class Trained:
 
     def finite(self) -> Trained:
         """The same without the updates that hold NaN or infinite values; each is a failure."""
-        # The sum of a row is finite only if every entry is; an overflow of the sum is looked at closely.
-        finite = torch.isfinite(self.updates.rows.sum(1))
-        if not bool(finite.all()):
-            finite = torch.isfinite(self.updates.rows).all(1)
+        finite = usable_rows(self.updates.rows)
         if bool(finite.all()):
             return self
-        said = "the update holds NaN or infinite values; left out"
         lost = self.updates.clients[~finite].tolist()
-        failures = [*self.failures, *(ClientFailure(client, "dropped_update", "training", said) for client in lost)]
+        failures = [*self.failures, *(ClientFailure(c, "dropped_update", "training", NOT_USABLE) for c in lost)]
         state, report = ({n: value[finite] for n, value in part.items()} for part in (self.state, self.report))
         return Trained(self.updates.select(finite), self.loss[finite], state, report, failures)
 
@@ -401,8 +409,12 @@ class Trainer:
         )
         told = dict(self.local_training.train(model, data, self._local_context(round, client, data)) or {})
         loss, steps = float(told.pop("loss", float("nan"))), int(told.pop("steps", 0))
+        try:
+            row = self.layout.flatten(model)
+        except RequestError as error:  # this client's training changed the model's parameters
+            raise RunError(f"{type(self.local_training).__name__}: {error}") from None
         updates = Updates(
-            rows=(self.layout.flatten(model) - weights)[None],
+            rows=(row - weights)[None],
             clients=torch.tensor([client]),
             examples=torch.tensor([len(data)]),
             steps=torch.tensor([steps]),

@@ -232,6 +232,15 @@ def _strategy(experiment: Experiment, population: Population) -> Strategy:
     weighting = {} if said.weighting is None else {"weighting": said.weighting}
     made = catalog.build(said.part, "strategies", experiment.base, key="strategy", **weighting)
     expect(made, Strategy, "strategy", "a strategies.Strategy")
+    if made.concurrency is not None and said.sampling is not None:
+        raise RequestError(
+            f"strategy.sampling: {said.sampling.name} chooses whole cohorts, and with {said.part.name} clients begin one"
+            " by one; leave it out, and say with clients_per_round how many updates a step takes"
+        )
+    if said.weighting is not None and said.aggregator is not None:
+        raise RequestError(
+            f"strategy.weighting: it would stand against that of strategy.aggregator, {parts['aggregator']!r}; give one"
+        )
     parts["sampling"] = _sampling(experiment, population, made)
     if said.weighting is not None:
         if not isinstance(parts.get("aggregator", made.aggregator), Mean):

@@ -33,12 +33,14 @@ class Malicious:
 
     Attributes:
         name: the attack's name, for the record.
+        number: its place among the experiment's attacks.
         attack: what they do.
         clients: ``int64`` ids, ascending.
         ctx: what they know of the data.
     """
 
     name: str
+    number: int
     attack: DataAttack | ModelAttack
     clients: np.ndarray
     ctx: AttackContext
@@ -50,8 +52,8 @@ class Malicious:
 
     def craft(
         self, u: Updates, mine: Tensor, malicious: Collection[int], server_lr: float, state: State, ctx: Context
-    ) -> tuple[Updates, State]:
-        """What these clients send, and what they remember.
+    ) -> tuple[Tensor, State]:
+        """The rows that these clients send, and what they remember.
 
         Args:
             u: the cohort, as it was honestly trained.
@@ -62,7 +64,7 @@ class Malicious:
             ctx: the round.
         """
         assert isinstance(self.attack, ModelAttack)
-        prefix = f"attack/{self.name}/"
+        prefix = f"attack/{self.number}-{self.name}/"
         others = torch.tensor([client in malicious for client in u.clients.tolist()]) & ~mine
         seen, here = u.select(~others), mine[~others]
         told = CraftContext(
@@ -70,8 +72,9 @@ class Malicious:
             weights=ctx.weights,
             examples=seen.examples,
             clients=seen.clients,
-            generator=ctx.generator(f"attack/{self.name}"),
+            generator=ctx.generator(f"attack/{self.number}"),
             server_lr=server_lr,
+            others=u.examples[others],
             state={name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)},
         )
         with _named(self.name, "craft", f"round {ctx.round}, "):
@@ -79,7 +82,7 @@ class Malicious:
             if rows.shape != (int(here.sum()), u.rows.shape[1]):
                 raise ValueError(f"gave rows of shape {list(rows.shape)}; give {[int(here.sum()), u.rows.shape[1]]}")
             kept = self.attack.remember(seen.rows, here, told)
-        return u.select(mine).replace(rows=rows), {f"{prefix}{name}": value for name, value in kept.items()}
+        return rows, {f"{prefix}{name}": value for name, value in kept.items()}
 
     def falsify(self, u: Updates, round: int) -> None:
         """Puts what these clients send in place of their updates, in place."""
@@ -135,7 +138,7 @@ def choose(experiment: Experiment, population: Population) -> tuple[Malicious, .
         except RequestError as error:
             raise RequestError([f"{key}{line.removeprefix('attack')}" for line in error.problems]) from None
         free, taken = np.setdiff1d(free, ids), taken | set(ids.tolist())
-        found.append(Malicious(said.part.name, attack, ids, ctx))
+        found.append(Malicious(said.part.name, number, attack, ids, ctx))
     return tuple(found)
 
 

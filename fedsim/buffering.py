@@ -76,8 +76,11 @@ class Queue:
         """Goes on until the next step of the server."""
         dropped: list[int] = []
         first = self.begun
-        self._fill()
-        while len(self.given) < self.size and self.events:
+        while len(self.given) < self.size:
+            # Not after the last update: who begins then is sent the weights of the step that it makes.
+            self._fill()
+            if not self.events:
+                break
             self.time, number, client, version = heapq.heappop(self.events)
             self.working.discard(client)
             # By the number of the beginning: who drops out and begins again must not drop out for ever.
@@ -85,7 +88,6 @@ class Queue:
                 dropped.append(client)
             else:
                 self.given[client] = version
-            self._fill()
         clients = np.array(sorted(self.given), dtype=np.int64)
         versions = np.array([self.given[client] for client in clients.tolist()], dtype=np.int64)
         self.given, self.version = {}, self.version + 1

@@ -216,7 +216,7 @@ def list_(
         for entry in found:
             settings = ", ".join(f"{key}={known.shown}".rstrip("=") for key, known in entry.settings.items())
             print(f"  {entry.name}({settings})" if settings else f"  {entry.name}")
-            print(f"      {entry.summary}")
+            print("      " + re.sub(r":[a-z]+:`~?([^`]+)`", r"`\1`", entry.summary))
             if "composes_with" in entry.attributes:
                 told = entry.attributes
                 print(f"      Needs the {told['needs']}; keeps {told['keeps']}; goes with {told['composes_with']}.")

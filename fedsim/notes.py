@@ -59,8 +59,9 @@ def _batch_norm_note(setup: Setup, source: str) -> str:
 
 def _attack_note(setup: Setup) -> str:
     told = [
-        f"{len(group.clients)} clients attack by {group.name} (on the {group.attack.acts_on}; each knows"
-        f" {group.attack.knows}{'; they act together' if group.attack.colludes else ''})"
+        f"{len(group.clients)} client{'s attack' if len(group.clients) > 1 else ' attacks'} by {group.name} (on the"
+        f" {group.attack.acts_on}; each knows {group.attack.knows}"
+        f"{'; they act together' if group.attack.colludes else ''})"
         for group in setup.malicious
     ]
     aims = "attack" in setup.population.server

@@ -17,6 +17,7 @@ from clients.errors import RunError
 from clients.evaluation import Total, add_totals
 from clients.local_state import PERSONAL
 from clients.statistics import STATISTICS
+from clients.training import NOT_USABLE, usable_rows
 from clients.updates import Updates
 from fedsim.engines.engine import Engine, Result
 from fedsim.execution import chunk_sizes
@@ -115,7 +116,7 @@ class Simulation:
             self.state[_EPSILON] = torch.zeros((), dtype=torch.float64)
         self.attacks = {client: group.name for group in setup.malicious for client in group.clients.tolist()}
         self.scheduler = Scheduler(experiment, setup)
-        self._versions = {0: self.weights}
+        self._versions = {0: self._sent()}
         if self.scheduler.keeps_time:
             self.state[_CLOCK] = torch.zeros((), dtype=torch.float64)
         self._staged: ClientState = {}
@@ -128,7 +129,9 @@ class Simulation:
 
     def checkpoint(self) -> dict[str, Tensor]:
         """What the next round starts from: the weights ``row`` and the strategy's state."""
-        versions = {f"version/{v}": self._versions[v] for v in self.scheduler.versions}
+        versions = {
+            f"version/{v}/{name}": value for v in self.scheduler.versions for name, value in self._versions[v].items()
+        }
         return {"row": self.weights, **versions, **{f"state/{name}": value for name, value in self.state.items()}}
 
     def restore(self, round: int, tensors: Mapping[str, Tensor]) -> None:
@@ -137,8 +140,12 @@ class Simulation:
         self.weights = tensors["row"].clone()
         self.state = {name[6:]: value.clone() for name, value in tensors.items() if name.startswith("state/")}
         self.scheduler.go_on_after(round)
-        kept = {int(name[8:]): value.clone() for name, value in tensors.items() if name.startswith("version/")}
-        self._versions = {**kept, round: self.weights}
+        self._versions = {}
+        for name, value in tensors.items():
+            if name.startswith("version/"):
+                _, version, of = name.split("/", 2)
+                self._versions.setdefault(int(version), {})[of] = value.clone()
+        self._versions[round] = self._sent()
 
     def commit(self, record: RoundRecord) -> None:
         """Makes a round's result the run's: record, checkpoint and client state together."""
@@ -197,7 +204,7 @@ class Simulation:
         moved = self._combine(found, ctx, record)
         self.round = number
         needed = self.scheduler.versions
-        self._versions = {v: row for v, row in self._versions.items() if v in needed} | {number: self.weights}
+        self._versions = {v: sent for v, sent in self._versions.items() if v in needed} | {number: self._sent()}
         self._staged = {
             name: (torch.cat([ids for ids, _ in parts]), torch.cat([rows for _, rows in parts]))
             for name, parts in found.state.items()
@@ -212,6 +219,11 @@ class Simulation:
         setup = self.setup
         server: dict[str, Any] = {"data": self._data, "train": self._train_on_server, "evaluate": self.evaluate}
         return Context(round, self.layout, self.weights, self.population, setup.task, setup.seed, server, setup.recipe)
+
+    def _sent(self) -> dict[str, Tensor]:
+        """What clients that begin now are sent: the weights as ``row``, and state by name."""
+        statistics = {STATISTICS: self.state[STATISTICS]} if STATISTICS in self.state else {}
+        return {"row": self.weights, **self.strategy.broadcast(self.state), **statistics}
 
     def _bytes_down(self) -> int:
         sent = [*self.strategy.broadcast(self.state).values(), *self._statistics().values()]
@@ -237,10 +249,11 @@ class Simulation:
             broadcast = {
                 "round": version + 1,
                 "staleness": ctx.round - 1 - version,
-                "weights": self._broadcast_weights(self._versions[version]),
-                "state": self.strategy.broadcast(self.state),
+                "weights": self._broadcast_weights(self._versions[version]["row"]),
+                "state": self.strategy.broadcast(self._versions[version]),
                 "rows": rows,
-                **self._statistics(),
+                "receive": not crafting,
+                "statistics": self._versions[version].get(STATISTICS),
             }
             for result in self.engine.map("train", chunks, broadcast):
                 self._collect(result, found, ctx)
@@ -260,20 +273,25 @@ class Simulation:
         """The cohort with the rows that attackers make of what the honest clients sent."""
         u = u.replace(rows=u.rows.clone())
         sent: dict[int, float] = {}
+        honest = u.replace(rows=u.rows.clone())
         for group in crafting:
             mine = torch.from_numpy(np.isin(u.clients.numpy(), group.clients))
             if not bool(mine.any()):
                 continue
-            places = mine.nonzero()[:, 0]
             server_lr = float(getattr(self.strategy.server_optimizer, "lr", 1.0))
-            crafted, kept = group.craft(u, mine, self.attacks, server_lr, self.state, ctx)
-            fresh = self.strategy.receive(crafted, self.state, ctx)
+            rows, kept = group.craft(honest, mine, self.attacks, server_lr, self.state, ctx)
             self.state |= kept
-            u.rows[places] = fresh.rows
-            sent |= dict(zip(fresh.clients.tolist(), fresh.rows.norm(dim=1).tolist(), strict=True))
+            u.rows[mine.nonzero()[:, 0]] = rows
+            sent |= dict(zip(u.clients[mine].tolist(), rows.norm(dim=1).tolist(), strict=True))
+        u = self.strategy.receive(u, self.state, ctx)
+        usable = usable_rows(u.rows)
+        for client in u.clients[~usable].tolist():
+            found.events.append(Event(ctx.round, "dropped_update", NOT_USABLE, client, "aggregation"))
+        left = set(u.clients[usable].tolist())
+        found.clients = [client for client in found.clients if client["client"] in left]
         for client in found.clients:
             client["update_norm"] = sent.get(client["client"], client["update_norm"])
-        return u
+        return u if bool(usable.all()) else u.select(usable)
 
     def _broadcast_weights(self, row: Tensor) -> Tensor:
         shared = self.engine.buffer("weights", row.shape, row.dtype)

@@ -42,7 +42,8 @@ class FedBuff(Strategy):
 
     x <- x + lr 1/K sum_k (1 + tau_k)^-exponent (y_k - x_{t - tau_k}) (Nguyen et al. 2022, "Federated learning with
     buffered asynchronous aggregation"). Time is virtual: how long clients take is what ``[devices]`` says of them. With
-    as many clients at work as a step takes, and all equally fast, it is FedAvg with equal weights, to the bit.
+    all clients at work, a step that takes all of them, and all equally fast, it is FedAvg with equal weights, to the
+    bit.
 
     Args:
         concurrency: clients that train at the same time.

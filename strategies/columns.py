@@ -111,7 +111,8 @@ def by_column(
     result = np.empty(array.shape[1], array.dtype)
 
     def work(columns: slice) -> None:
-        block = np.ascontiguousarray((array[:, columns] if members is None else array[members, columns]).T)
+        # A copy whatever the strides are: it is sorted in place.
+        block = np.array((array[:, columns] if members is None else array[members, columns]).T, order="C", copy=True)
         block.sort(axis=1)
         finite = np.isfinite(block[:, 0]) & np.isfinite(block[:, -1])
         with np.errstate(all="ignore"):

@@ -21,6 +21,7 @@ from strategies.crafting import (
     Score,
     Variant,
     alie,
+    alie_z,
     gaussian,
     ipm,
     mimic,
@@ -46,6 +47,7 @@ class CraftContext:
         clients: ``int64 [n]`` their ids.
         generator: for draws, keyed by the round.
         server_lr: by which the server multiplies the aggregate.
+        others: ``int64 [o]`` training examples of other attackers in the cohort, whose updates are not shown.
         state: what :meth:`ModelAttack.remember` returned in the last round; empty in the first.
     """
 
@@ -55,6 +57,7 @@ class CraftContext:
     clients: Tensor
     generator: torch.Generator
     server_lr: float = 1.0
+    others: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     state: State = field(default_factory=dict)
 
 
@@ -188,7 +191,9 @@ class Alie(ModelAttack):
     variant: Variant = "arxiv"
 
     def forge(self, honest: Tensor, own: Tensor, ctx: CraftContext) -> Tensor:
-        return alie(honest, len(own), z=self.z, variant=self.variant)
+        malicious = len(own) + len(ctx.others)
+        z = alie_z(len(honest) + malicious, malicious, self.variant) if self.z is None else self.z
+        return alie(honest, len(own), z=z)
 
 
 @dataclass(frozen=True)
@@ -293,8 +298,9 @@ class ModelReplacement(ModelAttack):
     sees_others = False
 
     def forge(self, honest: Tensor, own: Tensor, ctx: CraftContext) -> Tensor:
-        counts = ctx.examples if self.weighting == "examples" else torch.ones_like(ctx.examples)
-        share = int(counts[-len(own) :].sum()) / int(counts.sum())
+        everyone = torch.cat([ctx.examples, ctx.others])
+        counts = everyone if self.weighting == "examples" else torch.ones_like(everyone)
+        share = int(counts[len(ctx.examples) - len(own) : len(ctx.examples)].sum()) / int(counts.sum())
         return model_replacement(own, share=share, server_lr=ctx.server_lr)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from clients import catalog
 from clients.errors import RequestError
 from clients.parts import Part
-from clients.recipe import Count
+from clients.recipe import Count, Recipe
 from clients.updates import Updates
 from strategies import mixing
 from strategies.aggregation import Aggregator, weighted_sum
@@ -32,6 +32,16 @@ class _Wrapper(Aggregator):
     @property
     def assumes(self) -> int | None:
         return self.inner.assumes
+
+    @property
+    def needs_loss_before(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_loss_before
+
+    def check(self, recipe: Recipe) -> list[str]:
+        return self.inner.check(recipe)
+
+    def fits(self, strategy: Any) -> list[str]:
+        return self.inner.fits(strategy)
 
     def init(self, ctx: Context) -> State:
         return self.inner.init(ctx)

@@ -64,7 +64,7 @@ def multi_krum_selection(rows: Tensor, num_malicious: int, num_selected: int | N
     array = checked("multi_krum", rows, num_malicious, least=2 * _whole(num_malicious) + 3, why="n >= 2f + 3")
     most = len(array) - num_malicious
     number = most if num_selected is None else num_selected
-    if not 1 <= number <= most:
+    if not whole(number) or not 1 <= number <= most:
         raise RequestError(
             f"multi_krum.num_selected: {number} is not from 1 to n - f = {most}; more would surely include a malicious"
             " row"

@@ -141,8 +141,11 @@ class Strategy:
 
     # The worker's half.
 
-    def contribute(self, u: Updates, state: State, kept: Mapping[str, Tensor], ctx: Context) -> tuple[Updates, State]:
-        """Prepares a chunk: weights, the client halves of the plug-ins, then what the server does on arrival.
+    def contribute(
+        self, u: Updates, state: State, kept: Mapping[str, Tensor], ctx: Context, receive: bool = True
+    ) -> tuple[Updates, State]:
+        """Prepares a chunk: weights, the client halves of the plug-ins, then (``receive``) what the server does on
+        arrival.
 
         Returns:
             The updates as they enter the reduction, and the new client state of the plug-ins.
@@ -154,14 +157,17 @@ class Strategy:
             mine = {name: kept[f"{place}/{name}"] for name in plugin.client_state}
             with _named(plugin, "client", ctx):
                 u, after = plugin.client(u, {**_of(place, state), **mine}, ctx)
+                _same_width(u, ctx)
                 fresh |= {f"{place}/{name}": after[name] for name in plugin.client_state}
-        return self.receive(u.replace(nbytes=u.bill()), state, ctx), fresh
+        u = u.replace(nbytes=u.bill())
+        return self.receive(u, state, ctx) if receive else u, fresh
 
     def receive(self, u: Updates, state: State, ctx: Context) -> Updates:
         """What the server does with each update on arrival."""
         for place, plugin in reversed(list(self._named_plugins())):
             with _named(plugin, "server_each", ctx):
                 u = plugin.server_each(u, _of(place, state), ctx)
+                _same_width(u, ctx)
         return u
 
     def reduce(self, u: Updates) -> Updates:
@@ -207,6 +213,11 @@ def _named(part: object, half: str, ctx: Context) -> Iterator[None]:
         raise
     except Exception as error:
         raise RunError(f"round {ctx.round}, {type(part).__name__}.{half}: {type(error).__name__}: {error}") from error
+
+
+def _same_width(u: Updates, ctx: Context) -> None:
+    if u.rows.shape[1:] != ctx.weights.shape:
+        raise ValueError(f"gave rows of shape {list(u.rows.shape)}; give [k, {len(ctx.weights)}]")
 
 
 def _under(place: str, state: Mapping[str, Any]) -> State:

@@ -14,6 +14,7 @@ from fedsim.buffering import Queue
 from fedsim.devices import Devices
 from fedsim.engines.inline import Inline
 from fedsim.experiment import DeviceSettings
+from fedsim.records import RoundRecord
 from fedsim.scheduling import Scheduler
 from fedsim.simulation import InMemory, Simulation
 from strategies.buffered import FedBuff
@@ -199,3 +200,50 @@ def test_its_parts_are_what_it_says():
     assert FedBuff(concurrency=7).concurrency == 7
     assert FedBuff(concurrency=7).with_parts().concurrency == 7
     assert FedBuff(concurrency=7) != FedBuff(concurrency=8)
+
+
+def test_one_client_at_a_time_is_never_stale():
+    events = queue(1, 1, clients=5, speed_spread=1.0)
+    versions = [events.next().versions.tolist() for _ in range(10)]
+    assert versions == [[number] for number in range(10)]
+
+
+def test_a_client_trains_with_the_control_variate_that_it_was_sent_with_its_weights(tmp_path):
+    """SCAFFOLD on its own: what stale clients are sent is of one version, in a run and after a resume."""
+    strategy = {"name": "fedbuff", "concurrency": 4, "clients_per_round": 2, "correction": "scaffold"}
+    experiment = fedsim.Experiment(
+        rounds=6, data={"clients": 8}, client={"epochs": 1}, strategy=strategy, devices={"speed_spread": 1.0}
+    )
+    setup = assemble(experiment).setup
+    engine = Inline()
+    engine.start(setup)
+    simulation = Simulation(experiment, setup, engine, InMemory())
+    sent = {0: simulation.state["correction/control"].clone()}
+    seen = []
+    train = engine.map
+
+    def watched(task, chunks, broadcast):
+        if task == "train":
+            seen.append((broadcast["round"] - 1, broadcast["state"]["correction/control"].clone()))
+        return train(task, chunks, broadcast)
+
+    engine.map = watched
+    for number in range(1, 7):
+        simulation.step()
+        simulation.commit(fedsim_record(number))
+        sent[number] = simulation.state["correction/control"].clone()
+    assert len({version for version, _ in seen}) > 2
+    assert all(torch.equal(control, sent[version]) for version, control in seen)
+    again = Simulation(experiment, setup, engine, InMemory())
+    again.restore(6, simulation.checkpoint())
+    assert again._versions.keys() == simulation._versions.keys()
+    assert all(
+        torch.equal(again._versions[v][name], value)
+        for v, kept in simulation._versions.items()
+        for name, value in kept.items()
+    )
+    engine.close()
+
+
+def fedsim_record(number):
+    return RoundRecord(round=number, cohort=0, completed=0)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import fedsim
+from clients.errors import RequestError
+from clients.hooks import LocalTraining
+from strategies import Plugin
 from tests.end_to_end.commands import query
 
 #: Rule -> what its accuracy must be above under inner-product manipulation, mean of three seeds.
@@ -104,3 +108,89 @@ def test_the_record_says_what_was_sent_and_which_attackers_a_rule_kept(tmp_path)
     assert attackers["update_norm"].min() > 10 * clients[clients["attack"].isna()]["update_norm"].median()
     assert attackers["kept"].sum() == 0
     assert clients["kept"].sum() == 3 * 12
+
+
+class Halving(Plugin):
+    """A codec that sends halves, and doubles them on arrival."""
+
+    def client(self, u, state, ctx):
+        return u.replace(rows=u.rows / 2), state
+
+    def server_each(self, u, state, ctx):
+        return u.replace(rows=u.rows * 2)
+
+
+class Breaking(Plugin):
+    """Client 3's update does not arrive as it was sent."""
+
+    def client(self, u, state, ctx):
+        return u.replace(rows=torch.where(u.clients[:, None] == 3, torch.nan, u.rows)), state
+
+
+def rows_of(folder, **settings):
+    base = {"rounds": 1, "data": {"clients": 6, "partition": "iid"}, "client": {"epochs": 1}}
+    return fedsim.run(fedsim.Experiment(**{**base, **settings}), out=folder)
+
+
+def test_what_attackers_craft_goes_through_a_codec_once(tmp_path):
+    attack = {"name": "sign_flip", "of": "own", "clients": [2]}
+    plain = rows_of(tmp_path / "plain", attacks=[attack])
+    coded = rows_of(tmp_path / "coded", attacks=[attack], plugins=[Halving()])
+    assert torch.allclose(plain.row, coded.row, atol=1e-6)
+    honest = rows_of(tmp_path / "honest")
+    assert not torch.allclose(plain.row, honest.row, atol=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", {"name": "krum", "num_malicious": 1}, "median"])
+@pytest.mark.parametrize("fault", ["attack", "plug-in"])
+def test_an_update_that_became_unusable_on_its_way_is_left_out_and_the_others_count(strategy, fault, tmp_path):
+    attacks = [{"name": "scaled", "kappa": 1e42, "clients": [3]}] if fault == "attack" else []
+    plugins = [Breaking()] if fault == "plug-in" else []
+    result = rows_of(tmp_path / "run", strategy=strategy, attacks=attacks, plugins=plugins)
+    assert torch.isfinite(result.row).all()
+    assert query(tmp_path / "run", "SELECT kind, client FROM events") == [("dropped_update", 3)]
+    assert query(tmp_path / "run", "SELECT completed FROM rounds WHERE round = 1") == [(5,)]
+
+
+def test_two_attacks_of_a_name_draw_apart_and_count_each_other(tmp_path):
+    attacks = [{"name": "gaussian", "std": 0.5, "clients": [1]}, {"name": "gaussian", "std": 0.5, "clients": [2]}]
+    rows_of(tmp_path / "run", attacks=attacks)
+    norms = dict(query(tmp_path / "run", "SELECT client, update_norm FROM clients"))
+    assert norms[1] != norms[2]
+    boost = [{"name": "model_replacement", "clients": [0]}, {"name": "sign_flip", "of": "own", "clients": [1, 2]}]
+    rows_of(tmp_path / "alone", attacks=boost[:1])
+    rows_of(tmp_path / "beside", attacks=boost)
+    found = [dict(query(tmp_path / name, "SELECT client, update_norm FROM clients"))[0] for name in ("alone", "beside")]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+class Reshaping(LocalTraining):
+    """Client 3's training changes the shape of a parameter."""
+
+    def train(self, model, data, ctx):
+        if ctx.client == 3:
+            layer = model.hidden1
+            layer.weight = torch.nn.Parameter(layer.weight[:-1])
+        return {"steps": 1}
+
+
+def test_a_client_that_changes_the_model_is_a_failure_of_its_own(tmp_path):
+    rows_of(tmp_path / "run", client={"local_training": Reshaping()})
+    events = query(tmp_path / "run", "SELECT kind, client, message FROM events")
+    assert [event[:2] for event in events] == [("client_failed", 3)]
+    assert "has shape (63, 64)" in events[0][2]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        ({"name": "fedbuff", "sampling": "poisson"}, r"strategy.sampling: poisson chooses whole cohorts"),
+        ({"aggregator": {"name": "mean", "weighting": "uniform"}, "weighting": "examples"}, r"strategy.weighting"),
+        ({"aggregator": {"name": "bucketing", "inner": "normalized"}}, r"client.optimizer"),
+    ],
+    ids=["sampling", "weighting", "inner"],
+)
+def test_what_would_be_ignored_or_fail_later_is_refused(strategy, said, tmp_path):
+    experiment = fedsim.Experiment(rounds=1, strategy=strategy, client={"optimizer": "adam"})
+    with pytest.raises(RequestError, match=said):
+        fedsim.run(experiment, out=tmp_path / "run")
