@@ -234,8 +234,8 @@ def _strategy(experiment: Experiment, population: Population) -> Strategy:
     expect(made, Strategy, "strategy", "a strategies.Strategy")
     if made.concurrency is not None and said.sampling is not None:
         raise RequestError(
-            f"strategy.sampling: {said.sampling.name} chooses whole cohorts, and with {said.part.name} clients begin one"
-            " by one; leave it out, and say with clients_per_round how many updates a step takes"
+            f"strategy.sampling: {said.sampling.name} chooses whole cohorts, and with {said.part.name} clients begin"
+            " one by one; leave it out, and say with clients_per_round how many updates a step takes"
         )
     if said.weighting is not None and said.aggregator is not None:
         raise RequestError(
