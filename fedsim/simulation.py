@@ -114,6 +114,7 @@ class Simulation:
             self.state[STATISTICS] = torch.zeros(setup.shared_statistics.kept_size, dtype=self.layout.dtype)
         if setup.recipe.dp_sgd is not None:
             self.state[_EPSILON] = torch.zeros((), dtype=torch.float64)
+        self._unsent = setup.unsent * self.layout.dtype.itemsize
         self.attacks = {client: group.name for group in setup.malicious for client in group.clients.tolist()}
         self.scheduler = Scheduler(experiment, setup)
         self._versions = {0: self._sent()}
@@ -180,7 +181,7 @@ class Simulation:
             bytes_up=sum(client.pop("bytes_up") for client in found.clients),
             bytes_down=work.began * self._bytes_down(),
             malicious=sum(client in self.attacks for client in cohort.tolist()) if self.attacks else None,
-            bytes_saved=(work.began + len(found.clients)) * self.setup.unsent * self.layout.dtype.itemsize,
+            bytes_saved=(work.began + len(found.clients)) * self._unsent,
             simulated_seconds=work.seconds,
             train_seconds=sum(chunk["seconds"] for chunk in found.chunks),
         )
@@ -360,9 +361,9 @@ class Simulation:
             **trained.report,
         }
         for values in zip(*(column.tolist() for column in columns.values()), strict=True):
-            client = dict(zip(columns, values, strict=True))
-            attack = {"attack": self.attacks[client["client"]]} if client["client"] in self.attacks else {}
-            found.clients.append({"chunk": chunk.number, **client, **attack})
+            found.clients.append({"chunk": chunk.number, **dict(zip(columns, values, strict=True))})
+            if values[0] in self.attacks:
+                found.clients[-1]["attack"] = self.attacks[values[0]]
         tensors = result.answer.tensors
         for name, value in tensors.items():
             if name.startswith("state:"):
