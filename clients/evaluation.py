@@ -102,17 +102,19 @@ class Evaluator:
     @torch.no_grad()
     def loss(self, batch: Batch) -> float:
         """The mean loss of a batch."""
-        weighted, weights = weighted_loss(self.task, self._outputs(batch), batch)
+        weighted, weights = weighted_loss(self.task, self.outputs(batch), batch)
         return float(weighted.sum() / weights.sum())
 
-    def _outputs(self, batch: Batch) -> Any:
+    @torch.no_grad()
+    def outputs(self, batch: Batch) -> Any:
+        """What the loaded model gives for a batch."""
         if self.batch_norm == "batch":
             with batch_statistics(self.model):
                 return self.module(batch)
         return self.module(batch)
 
     def _statistics(self, batch: Batch) -> dict[str, Tensor]:
-        outputs = self._outputs(batch)
+        outputs = self.outputs(batch)
         weighted, weights = weighted_loss(self.task, outputs, batch)
         statistics = {"examples": torch.ones_like(weighted), "loss": weighted, "loss_weight": weights}
         statistics |= self.task.statistics(outputs, batch)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from clients.batches import work
 from clients.errors import RunError
 from clients.evaluation import Total, add_totals
+from clients.examples import in_precision
 from clients.local_state import PERSONAL
 from clients.statistics import STATISTICS
 from clients.training import NOT_USABLE, usable_rows
@@ -218,7 +220,12 @@ class Simulation:
 
     def _context(self, round: int) -> Context:
         setup = self.setup
-        server: dict[str, Any] = {"data": self._data, "train": self._train_on_server, "evaluate": self.evaluate}
+        server: dict[str, Any] = {
+            "data": self._data,
+            "train": self._train_on_server,
+            "evaluate": self.evaluate,
+            "outputs": self._outputs,
+        }
         return Context(round, self.layout, self.weights, self.population, setup.task, setup.seed, server, setup.recipe)
 
     def _sent(self) -> dict[str, Tensor]:
@@ -540,6 +547,17 @@ class Simulation:
     def _data(self, split: str) -> dict[str, Tensor]:
         columns = self.population.server[split]
         return columns.take(torch.arange(len(columns)))
+
+    def _outputs(self, row: Tensor, split: str) -> Any:
+        """The model's outputs on a server split, in evaluation mode, ``[n, ...]``."""
+        worker, columns = self._own_worker(), self.population.server[split]
+        worker.load(self._evaluated(row))
+        evaluator = worker.evaluator
+        parts = [
+            evaluator.outputs(in_precision(columns.take(index), self.layout.dtype))
+            for index in torch.arange(len(columns)).split(evaluator.batch_size)
+        ]
+        return tree_map(lambda *tensors: torch.cat(tensors), *parts)
 
     def _train_on_server(self, row: Tensor, split: str, round: int) -> Tensor:
         return self._own_worker().train_on_server(row, split, round)

@@ -47,7 +47,7 @@ class Context:
         population: how many clients there are, and which can train.
         task: what is learnt.
         seed: the experiment's seed; use :meth:`generator` and :meth:`uniform` to draw.
-        server: what only the server has (``data``, ``train``, ``evaluate``); empty in a worker.
+        server: what only the server has (``data``, ``train``, ``evaluate``, ``outputs``); empty in a worker.
         recipe: how clients train.
         staleness: in a worker, how many steps the server has taken since these clients were sent their weights; above 0
             in asynchronous training only.
@@ -83,6 +83,14 @@ class Context:
     def evaluate(self, row: Tensor, split: str) -> dict[str, float]:
         """Metrics of ``row`` ``[d]`` on a server split."""
         return self._of_server("evaluate")(row, split)
+
+    def outputs(self, row: Tensor, split: str) -> Any:
+        """What the model with the weights ``row`` ``[d]`` gives for a server split, ``[n, ...]``.
+
+        A client's row is the round's weights plus its update: so its outputs on the unlabelled ``"proxy"``, which
+        distillation needs (Lin et al. 2020, "Ensemble distillation for robust model fusion").
+        """
+        return self._of_server("outputs")(row, split)
 
     def _of_server(self, name: str) -> Callable[..., Any]:
         if self.server is None:
