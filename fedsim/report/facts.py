@@ -20,6 +20,11 @@ _PARTICIPATION = """
 SELECT times, count(*) AS clients FROM (SELECT count(*) AS times FROM clients GROUP BY client)
 GROUP BY times ORDER BY times
 """
+_ATTACKERS = """
+SELECT count(*) AS updates, sum(json_extract(info, '$.kept')) AS kept, sum(json_extract(info, '$.share')) AS share,
+    count(DISTINCT round) AS rounds
+FROM clients WHERE json_extract(info, '$.attack') NOTNULL
+"""
 _LAST_CLIENT_EVALUATION = """
 SELECT client, value, examples FROM client_metrics WHERE split = :split AND name = :name AND round =
     (SELECT max(round) FROM client_metrics WHERE split = :split AND name = :name)
@@ -210,6 +215,12 @@ class Facts:
         found = {row["times"]: row["clients"] for row in self.run.query(_PARTICIPATION)}
         never = (self.population or 0) - sum(found.values())
         return {0: never, **found} if found and never > 0 else found
+
+    @cached_property
+    def attackers(self) -> dict[str, Any] | None:
+        """How many updates attackers sent, and what a rule that tells made of them; ``None`` where nobody attacked."""
+        found = self.run.query(_ATTACKERS)[0]
+        return found if found["updates"] else None
 
     @cached_property
     def client_values(self) -> ClientValues | None:

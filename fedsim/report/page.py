@@ -83,7 +83,10 @@ def _page_of_one(facts: Facts) -> str:
             "Clients over the run",
             _blocks(
                 (_figure("clients", distribution, "How their results are spread"), sections.clients(facts)),
-                (_figure("participation", participation, "How often they took part"), sections.participation(facts)),
+                (
+                    _figure("participation", participation, "How often they took part"),
+                    together(sections.participation(facts), sections.attackers(facts)),
+                ),
             ),
         ),
         _section("Events", sections.events(facts)),

@@ -233,6 +233,19 @@ def participation(facts: Facts) -> Html | None:
     )
 
 
+def attackers(facts: Facts) -> Html | None:
+    """What came of attackers' updates, in words."""
+    found = facts.attackers
+    if found is None:
+        return None
+    said = f"Attackers sent {n.count(found['updates'], 'update')} in {n.count(found['rounds'], 'round')}"
+    if found["kept"] is not None:
+        said += f"; the rule kept {found['kept']:,.0f} of them"
+    elif found["share"] is not None:
+        said += f"; together they had {found['share'] / found['rounds']:.1%} of a round's weight on average"
+    return tag("p", f"{said}.")
+
+
 def events(facts: Facts) -> Html:
     """What a reader should know of: failures, dropped updates, damaged checkpoints."""
     if not facts.events:

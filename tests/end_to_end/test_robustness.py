@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -194,3 +196,18 @@ def test_what_would_be_ignored_or_fail_later_is_refused(strategy, said, tmp_path
     experiment = fedsim.Experiment(rounds=1, strategy=strategy, client={"optimizer": "adam"})
     with pytest.raises(RequestError, match=said):
         fedsim.run(experiment, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        ({"name": "krum", "num_malicious": 1}, r"Attackers sent 4 updates in 2 rounds; the rule kept 0 of them\."),
+        ("geometric_median", r"Attackers sent 4 updates in 2 rounds; together they had \d+\.\d% of a round"),
+        ("fedavg", r"Attackers sent 4 updates in 2 rounds\."),
+    ],
+    ids=["kept", "share", "nothing told"],
+)
+def test_the_report_says_what_a_rule_made_of_attackers(strategy, said, tmp_path):
+    attack = {"name": "scaled", "kappa": 50.0, "clients": [1, 2]}
+    rows_of(tmp_path / "run", rounds=2, data={"clients": 10, "partition": "iid"}, strategy=strategy, attacks=[attack])
+    assert re.search(said, (tmp_path / "run" / "report.html").read_text())
