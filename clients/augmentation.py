@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -93,7 +94,7 @@ class Transforms:
         changed = {self.input: images} if y is None else {self.input: images, self.label: y}
         return {**batch, **changed}
 
-    @property
+    @cached_property
     def all_known(self) -> bool:
         """Whether all are torchvision's, which draw from torch's generator alone."""
         return all(_is_torchvision(step) for step in _inside(self.steps))

@@ -137,7 +137,7 @@ class Descent:
         self.transforms, self.adversary = transforms, adversary
         self.objective, self.executor, self.recipe, self.optimizer = objective, executor, recipe, optimizer
         self.rates, self.examples, self.validation, self.by_length = rates, examples, validation, by_length
-        self.validated = validated or examples
+        self.validated = examples if validated is None else validated
         self.model, self.correction = objective.module.model, objective.correction
         self.layout, self.block = objective.layout, objective.layout.all
         self.buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}

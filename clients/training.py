@@ -82,13 +82,16 @@ class Trained:
 
     def finite(self) -> Trained:
         """The same without the updates that hold NaN or infinite values; each is a failure."""
-        finite = usable_rows(self.updates.rows)
-        if bool(finite.all()):
+        return self.only(usable_rows(self.updates.rows), "training")
+
+    def only(self, usable: Tensor, stage: str) -> Trained:
+        """The same with the clients alone whose updates are usable, ``bool [k]``; the others failed at that stage."""
+        if bool(usable.all()):
             return self
-        lost = self.updates.clients[~finite].tolist()
-        failures = [*self.failures, *(ClientFailure(c, "dropped_update", "training", NOT_USABLE) for c in lost)]
-        state, report = ({n: value[finite] for n, value in part.items()} for part in (self.state, self.report))
-        return Trained(self.updates.select(finite), self.loss[finite], state, report, failures)
+        lost = self.updates.clients[~usable].tolist()
+        failures = [*self.failures, *(ClientFailure(c, "dropped_update", stage, NOT_USABLE) for c in lost)]
+        state, report = ({n: value[usable] for n, value in part.items()} for part in (self.state, self.report))
+        return Trained(self.updates.select(usable), self.loss[usable], state, report, failures)
 
 
 class Trainer:

@@ -32,7 +32,7 @@ def load_weights(model: nn.Module, path: Path, key: str = KEY, new: Sequence[str
     Raises:
         RequestError: with a line for each key that is missing, unknown, of another shape or not finite.
     """
-    file = weights_file(path, key)
+    file = _newest_checkpoint(path, key) if path.is_dir() else path
     found = {**(_beside(path) if path.is_dir() else {}), **_read(file, key)}
     return put_weights(model, found, str(file), key, new)
 
@@ -86,15 +86,6 @@ def _renew(name: str) -> str:
     """How to begin with a layer of one's own."""
     layer = name.rpartition(".")[0] or name
     return f'; to begin anew there, name the layer: new = ["{layer}"]'
-
-
-def weights_file(path: Path, key: str = KEY) -> Path:
-    """The file that holds the weights: the path itself, or the newest checkpoint of a run's folder.
-
-    Raises:
-        RequestError: for a folder without one.
-    """
-    return _newest_checkpoint(path, key) if path.is_dir() else path
 
 
 def _newest_checkpoint(folder: Path, key: str) -> Path:

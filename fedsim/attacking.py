@@ -24,8 +24,6 @@ from strategies.strategy import State
 #: The server's split on which the success of attacks is judged: its accuracy is the share that they win.
 SPLIT = "attack"
 
-_AT_ONCE = 4096
-
 
 @dataclass(frozen=True)
 class Malicious:
@@ -181,7 +179,7 @@ def _aim(group: Malicious, test: Columns) -> dict[str, Tensor] | None:
     if not isinstance(group.attack, DataAttack):
         return None
     parts = []
-    for index in torch.arange(len(test)).split(_AT_ONCE):
+    for index in torch.arange(len(test)).split(test.at_once):
         with _named(group.name, "success"):
             found = group.attack.success(test.take(index), group.ctx)
         if found is None:

@@ -177,19 +177,20 @@ def _amount(read: _Reader, name: str) -> Any:
 
 
 def _is_prox(read: _Reader) -> bool:
+    return not {"fedprox", "prox"}.isdisjoint(_strategy_names(read, "correction"))
+
+
+def _strategy_names(read: _Reader, part: str) -> list[str]:
+    """The names of the strategy and of one of its parts, as they are compared."""
     strategy = read.given.get("strategy", {})
     table = strategy if isinstance(strategy, Mapping) else {"name": strategy}
-    names = [str(_name_of(part)) for part in (table, table.get("correction"))]
-    return any(name.lower().replace("_", "") in ("fedprox", "prox") for name in names)
+    return [str(_name_of(named)).lower().replace("_", "") for named in (table, table.get(part))]
 
 
 def _root_conflicts(read: _Reader) -> Iterable[str]:
-    strategy = read.given.get("strategy", {})
-    table = strategy if isinstance(strategy, Mapping) else {"name": strategy}
-    names = [str(_name_of(part)).lower().replace("_", "") for part in (table, table.get("aggregator"))]
     given = read.given.get("data", {})
     own_source = isinstance(given, Mapping) and str(_name_of(given.get("source", "digits"))) != "digits"
-    if "fltrust" in names and not read.get("data.root") and not own_source:
+    if "fltrust" in _strategy_names(read, "aggregator") and not read.get("data.root") and not own_source:
         yield "data.root: FLTrust trains on examples that the server holds and has labels of; give data.root above 0"
 
 

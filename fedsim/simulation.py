@@ -234,8 +234,7 @@ class Simulation:
         return {"row": self.weights, **self.strategy.broadcast(self.state), **statistics}
 
     def _bytes_down(self) -> int:
-        sent = [*self.strategy.broadcast(self.state).values(), *self._statistics().values()]
-        return self.weights.nbytes + sum(value.nbytes for value in sent if value is not None)
+        return sum(value.nbytes for value in self._sent().values())
 
     def _statistics(self) -> dict[str, Tensor | None]:
         """Batch norm's statistics as they are broadcast, where clients share them."""

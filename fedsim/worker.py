@@ -21,7 +21,7 @@ from clients.recipe import BatchNorm, Recipe
 from clients.schedules import Schedule
 from clients.statistics import STATISTICS, Statistics
 from clients.task import Batch, Task
-from clients.training import NOT_USABLE, Trained, Trainer, usable_rows
+from clients.training import Trained, Trainer, usable_rows
 from clients.transfer import frozen_size
 from clients.updates import Updates
 from clients.weights import Layout
@@ -228,7 +228,9 @@ class Worker:
         state = {}
         if len(u):
             u, fresh = self.strategy.contribute(u, broadcast["state"], kept, ctx, broadcast.get("receive", True))
-            trained, u, fresh, norms = self._usable(trained, u, fresh, norms)
+            if self.strategy.plugins and not bool((usable := usable_rows(u.rows)).all()):
+                trained, u, norms = trained.only(usable, "plugins"), u.select(usable), norms[usable]
+                fresh = {name: value[usable] for name, value in fresh.items()}
             state = {**trained.state, **fresh}
             if STATISTICS in u.sends and self.setup.statistics is not None:
                 # Billed as they were sent; from here on they travel as moments, which add.
@@ -242,20 +244,6 @@ class Worker:
             tensors |= {f"send:{name}": value for name, value in total.sends.items()}
         small = u.replace(rows=u.rows.new_empty(len(u), 0), sends=u.sends if broadcast["rows"] is not None else {})
         return Answer(TrainedChunk(small, trained.loss, norms, trained.report, trained.failures), tensors)
-
-    def _usable(
-        self, trained: Trained, u: Updates, fresh: dict[str, Tensor], norms: Tensor
-    ) -> tuple[Trained, Updates, dict[str, Tensor], Tensor]:
-        """The same without the updates that plug-ins made unusable."""
-        usable = usable_rows(u.rows) if self.strategy.plugins else None
-        if usable is None or bool(usable.all()):
-            return trained, u, fresh, norms
-        lost = [
-            ClientFailure(client, "dropped_update", "plugins", NOT_USABLE) for client in u.clients[~usable].tolist()
-        ]
-        state, report = ({n: value[usable] for n, value in part.items()} for part in (trained.state, trained.report))
-        trained = Trained(trained.updates, trained.loss[usable], state, report, [*trained.failures, *lost])
-        return trained, u.select(usable), {name: value[usable] for name, value in fresh.items()}, norms[usable]
 
     def _trained(self, chunk: Chunk, broadcast: Mapping[str, Any]) -> Trained:
         mine = {name for name in chunk.state if name.startswith(CORRECTION)} | set(self.trainer.kept)

@@ -11,7 +11,14 @@ from strategies.server_optimizers import SGD
 from strategies.strategy import Strategy
 
 
-class Median(Strategy):
+class _OnRows(Strategy):
+    """What the presets share: their rules look at every row."""
+
+    needs = "rows"
+    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
+
+
+class Median(_OnRows):
     """The coordinate-wise median of the updates (Yin et al. 2018).
 
     See :class:`MedianRule`.
@@ -20,14 +27,11 @@ class Median(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
-    needs = "rows"
-    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
-
     def __init__(self, **parts: Any):
         super().__init__(**{"aggregator": robust.MedianRule(), **parts})
 
 
-class TrimmedMean(Strategy):
+class TrimmedMean(_OnRows):
     """The coordinate-wise mean without f values at either end (Yin et al. 2018).
 
     See :class:`TrimmedMeanRule`.
@@ -37,14 +41,11 @@ class TrimmedMean(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
-    needs = "rows"
-    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
-
     def __init__(self, num_malicious: Malicious = 1, **parts: Any):
         super().__init__(**{"aggregator": robust.TrimmedMeanRule(num_malicious), **parts})
 
 
-class Krum(Strategy):
+class Krum(_OnRows):
     """The update with the nearest neighbours (Blanchard et al. 2017).
 
     See :class:`KrumRule`.
@@ -54,14 +55,11 @@ class Krum(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
-    needs = "rows"
-    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
-
     def __init__(self, num_malicious: Malicious = 1, **parts: Any):
         super().__init__(**{"aggregator": robust.KrumRule(num_malicious), **parts})
 
 
-class MultiKrum(Strategy):
+class MultiKrum(_OnRows):
     """The mean of the updates with the best Krum scores (Blanchard et al. 2017).
 
     See :class:`MultiKrumRule`.
@@ -72,14 +70,11 @@ class MultiKrum(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
-    needs = "rows"
-    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
-
     def __init__(self, num_malicious: Malicious = 1, num_selected: Count | None = None, **parts: Any):
         super().__init__(**{"aggregator": robust.MultiKrumRule(num_malicious, num_selected), **parts})
 
 
-class Bulyan(Strategy):
+class Bulyan(_OnRows):
     """Krum again and again, then a mean around the median (El Mhamdi et al. 2018).
 
     See :class:`BulyanRule`.
@@ -89,14 +84,11 @@ class Bulyan(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
-    needs = "rows"
-    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
-
     def __init__(self, num_malicious: Malicious = 1, **parts: Any):
         super().__init__(**{"aggregator": robust.BulyanRule(num_malicious), **parts})
 
 
-class GeometricMedian(Strategy):
+class GeometricMedian(_OnRows):
     """RFA: the point with the least sum of distances (Pillutla et al. 2022).
 
     See :class:`GeometricMedianRule`.
@@ -106,14 +98,11 @@ class GeometricMedian(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
-    needs = "rows"
-    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
-
     def __init__(self, weigh_by: WeighBy = "examples", **parts: Any):
         super().__init__(**{"aggregator": robust.GeometricMedianRule(weigh_by), **parts})
 
 
-class CenteredClipping(Strategy):
+class CenteredClipping(_OnRows):
     """Updates clipped around the last round's result (Karimireddy et al. 2021).
 
     See :class:`CenteredClippingRule`.
@@ -124,15 +113,13 @@ class CenteredClipping(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
-    needs = "rows"
     keeps = "the last aggregate on the server"
-    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
 
     def __init__(self, radius: Positive | None = None, iterations: Count = 1, **parts: Any):
         super().__init__(**{"aggregator": robust.CenteredClippingRule(radius, iterations), **parts})
 
 
-class NormBounding(Strategy):
+class NormBounding(_OnRows):
     """The mean of updates of bounded norm (Sun et al. 2019).
 
     See :class:`NormBoundingRule`.
@@ -143,14 +130,11 @@ class NormBounding(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
-    needs = "rows"
-    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
-
     def __init__(self, radius: Positive | None = None, weigh_by: WeighBy = "uniform", **parts: Any):
         super().__init__(**{"aggregator": robust.NormBoundingRule(radius, weigh_by), **parts})
 
 
-class FLTrust(Strategy):
+class FLTrust(_OnRows):
     """Clients weighted by their agreement with the server's own update (Cao et al. 2021).
 
     See :class:`FLTrustRule`.
@@ -161,14 +145,11 @@ class FLTrust(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
-    needs = "rows"
-    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
-
     def __init__(self, **parts: Any):
         super().__init__(**{"aggregator": robust.FLTrustRule(), **parts})
 
 
-class DnC(Strategy):
+class DnC(_OnRows):
     """Divide and conquer: drops what lies far along the main direction (Shejwalkar and Houmansadr 2021).
 
     See :class:`DnCRule`.
@@ -181,9 +162,6 @@ class DnC(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
-    needs = "rows"
-    composes_with = "any sampling, correction and server optimiser, and plug-ins that leave rows apart"
-
     def __init__(
         self,
         num_malicious: Malicious = 1,
@@ -195,7 +173,7 @@ class DnC(Strategy):
         super().__init__(**{"aggregator": robust.DnCRule(num_malicious, iterations, columns, fraction), **parts})
 
 
-class SignSGD(Strategy):
+class SignSGD(_OnRows):
     """signSGD with majority vote, x <- x + lr sign(sum_k sign(D_k)) (Bernstein et al. 2019).
 
     See :class:`SignMajorityRule`.
@@ -206,7 +184,6 @@ class SignSGD(Strategy):
         **parts: other parts of the composition, see :class:`Strategy`.
     """
 
-    needs = "rows"
     keeps = "momentum on the server, where it has some"
     composes_with = "any sampling and correction, and plug-ins that leave rows apart"
 

@@ -26,6 +26,7 @@ from fedsim.data.pictures import cifar10, cifar100, emnist, fashion_mnist, mnist
 from fedsim.data.source import Source
 from fedsim.experiment import DataSettings
 from tests.data import writing_pictures as writing
+from tests.data.refusing import refused
 
 
 def assert_holds(split: dict[str, Any], images: np.ndarray, labels: Any) -> None:
@@ -33,17 +34,6 @@ def assert_holds(split: dict[str, Any], images: np.ndarray, labels: Any) -> None
     assert (split["x"].dtype, split["y"].dtype) == (np.uint8, np.int64)
     assert np.array_equal(split["x"], images)
     assert split["y"].tolist() == list(labels)
-
-
-def refused(fn: Callable[[], Any], *said: str) -> str:
-    """The one line in which a request is refused; it holds all that is ``said``."""
-    with pytest.raises(RequestError) as caught:
-        fn()
-    (line,) = caught.value.problems
-    assert "\n" not in line
-    for part in ("data.source.", *said):
-        assert part in line
-    return line
 
 
 def contents(folder: Path) -> dict[str, bytes]:

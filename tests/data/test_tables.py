@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from hypothesis import strategies as st
 
 import fedsim
 from clients import catalog
-from clients.errors import RequestError
 from clients.parts import Part
 from fedsim.data.source import Source
 from fedsim.data.tables import csv, parquet
 from fedsim.experiment import DataSettings
+from tests.data.refusing import refused
 
 
 def text_file(folder: Path, text: str | bytes, name: str = "own.csv") -> Path:
@@ -42,16 +41,6 @@ def from_columns(folder: Path, columns: Any, test: Any = None, **arguments: Any)
             table = given_ if isinstance(given_, pa.Table) else pa.table(given_)
             pyarrow.parquet.write_table(table, arguments[name])
     return parquet(**arguments)
-
-
-def refused(fn: Callable[[], Any], *said: str) -> None:
-    """The request is refused in one line, which holds all that is ``said``."""
-    with pytest.raises(RequestError) as caught:
-        fn()
-    (line,) = caught.value.problems
-    assert "\n" not in line
-    for part in ("data.source.", *said):
-        assert part in line
 
 
 def assert_holds(split: dict[str, Any], x: Any, y: Any, kind: Any = np.int64) -> None:
