@@ -29,6 +29,9 @@ from clients.kinds import Kind, declared
 from clients.parts import Part
 from clients.reading import Module, Parameter, Signature
 
+#: Kinds of which an experiment has a list each, under their own name.
+_LISTED = ("plugins", "attacks", "checks")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -91,6 +94,16 @@ def find(kind: str, name: str, *, key: str = "") -> Entry:
             if _plain(entry.name) == wanted:
                 return entry
     known = [*of.also, *(entry.name for entry in entries(kind))]
+    for other in declared().values():
+        if (
+            other.name in _LISTED
+            and other is not of
+            and any(_plain(entry.name) == wanted for entry in _built_in(other))
+        ):
+            raise RequestError(
+                f"{_at(key)}{name} is a {other.noun} and no {of.noun}; give it under [[{other.name}]]. Known here are"
+                f" {', '.join(known)}"
+            )
     have = f"known are {', '.join(known)}" if known else f"there are no {of.name} yet"
     raise RequestError(f"{_at(key)}unknown {of.noun} {name!r}; {have}{nearest(name, known)}")
 
@@ -266,9 +279,9 @@ def read_file(path: Path, key: str = "") -> Module:
 
 
 def snake(name: str) -> str:
-    """The name that a class goes by: ``TrimmedMean`` is ``trimmed_mean``, ``FedAvgM`` is ``fedavgm``."""
+    """The name that a class goes by: ``TrimmedMean`` is ``trimmed_mean``, ``DPFedAvg`` is ``dpfedavg``."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", name).lower()
-    return words.replace("_", "") if re.match("[A-Z]?Fed[A-Z]", name) else words
+    return words.replace("_", "") if re.match("[A-Z]*Fed[A-Z]", name) else words
 
 
 @functools.lru_cache(maxsize=256)

@@ -23,6 +23,7 @@ class Updates:
         weights: ``float64 [k]`` how much each row counts; an aggregator's ``prepare`` sets them.
         sends: named statistics that travel beside the rows and add, ``[k]`` or ``[k, m]``; billed.
         nbytes: ``int64 [k]`` bytes of each client's encoded row; ``None`` while the rows travel as they are.
+        report: values for the record of each client, ``[k]`` each; neither sent nor billed, and no rule reads them.
 
     In sum mode, after the reduction, ``rows`` is the weighted sum ``[1, d]`` in float64, ``weights`` ``[1]`` its total
     weight and each of ``sends`` the sum over clients (``[1]`` or ``[1, m]``).
@@ -35,6 +36,7 @@ class Updates:
     weights: Tensor
     sends: dict[str, Tensor] = field(default_factory=dict)
     nbytes: Tensor | None = None
+    report: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.clients)
@@ -47,6 +49,10 @@ class Updates:
         """A copy that also sends these statistics."""
         return self.replace(sends={**self.sends, **statistics})
 
+    def tell(self, **values: Tensor) -> Updates:
+        """A copy that also has these values for the record."""
+        return self.replace(report={**self.report, **values})
+
     def select(self, which: Tensor) -> Updates:
         """The clients at these positions (``int64`` indices or a ``bool`` mask ``[k]``)."""
         picked = {name: getattr(self, name)[which] for name in ("rows", "clients", "examples", "steps", "weights")}
@@ -54,6 +60,7 @@ class Updates:
             **picked,
             sends={name: value[which] for name, value in self.sends.items()},
             nbytes=None if self.nbytes is None else self.nbytes[which],
+            report={name: value[which] for name, value in self.report.items()},
         )
 
     def bill(self) -> Tensor:
@@ -91,4 +98,5 @@ class Updates:
             weights=joined([part.weights for part in parts]),
             sends={name: joined([part.sends[name] for part in parts]) for name in parts[0].sends},
             nbytes=joined(coded) if len(coded) == len(parts) else None,
+            report={name: joined([part.report[name] for part in parts]) for name in parts[0].report},
         )

@@ -28,7 +28,7 @@ from clients.schedules import Schedule
 from clients.statistics import Statistics
 from clients.task import Task
 from clients.transfer import frozen_size, prepare, unreached_adapters
-from fedsim import data
+from fedsim import data, private
 from fedsim.data.population import Population
 from fedsim.data.source import Source
 from fedsim.engines.engine import Engine, cores
@@ -37,7 +37,7 @@ from fedsim.experiment import Experiment
 from fedsim.worker import Setup
 from strategies.aggregation import Mean
 from strategies.plugins import Plugin
-from strategies.sampling import Sampling
+from strategies.sampling import Poisson, Sampling
 from strategies.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -98,12 +98,14 @@ def assemble(experiment: Experiment) -> Assembly:
         model.double()
     _set_dropout(experiment, model)
     statistics = Statistics(model)
+    with private.keyed(experiment):
+        strategy = _strategy(experiment, population)
     setup = Setup(
         model=model,
         task=task,
         recipe=client,
         layout=shared_layout(client, model),
-        strategy=_strategy(experiment, population),
+        strategy=strategy,
         population=population,
         optimizer=_built(experiment, "client.optimizer", "optimizers", client.optimizer, Optimizer),
         schedule=_built(experiment, "client.schedule", "schedules", client.schedule, Schedule),
@@ -119,6 +121,7 @@ def assemble(experiment: Experiment) -> Assembly:
         batch_norm=experiment.batch_norm,
     )
     _check_training(experiment, setup)
+    private.check(experiment, setup)
     _check_evaluation(experiment, setup)
     _try_out(setup)
     try:
@@ -225,10 +228,9 @@ def _strategy(experiment: Experiment, population: Population) -> Strategy:
         part = getattr(said, name)
         if part is not None:
             parts[name] = catalog.build(part, f"{name}s", experiment.base, key=f"strategy.{name}")
+    added: list[Plugin] = []
     if experiment.plugins:
-        parts["plugins"] = tuple(
-            _built(experiment, f"plugins.{part.name}", "plugins", part, Plugin) for part in experiment.plugins
-        )
+        added = [_built(experiment, f"plugins.{part.name}", "plugins", part, Plugin) for part in experiment.plugins]
     weighting = {} if said.weighting is None else {"weighting": said.weighting}
     made = catalog.build(said.part, "strategies", experiment.base, key="strategy", **weighting)
     expect(made, Strategy, "strategy", "a strategies.Strategy")
@@ -248,6 +250,8 @@ def _strategy(experiment: Experiment, population: Population) -> Strategy:
                 f"strategy.weighting: {made.aggregator!r} has its own weights; only a mean takes this one"
             )
         parts["aggregator"] = Mean(said.weighting)
+    if added:  # a preset's own stay: what it promises may rest on them
+        parts["plugins"] = (*made.plugins, *added)
     return made.with_parts(**parts)
 
 
@@ -267,10 +271,19 @@ def _sampling(experiment: Experiment, population: Population, made: Strategy) ->
         )
     offered = {"clients_per_round": number, "fraction": said.fraction}
     sampling = catalog.build(
-        said.sampling or catalog.Part("fixed"), "samplings", experiment.base, key="strategy.sampling", **offered
+        said.sampling or catalog.Part(_own_sampling(made)),
+        "samplings",
+        experiment.base,
+        key="strategy.sampling",
+        **offered,
     )
     expect(sampling, Sampling, "strategy.sampling", "a Sampling")
     return sampling
+
+
+def _own_sampling(made: Strategy) -> str:
+    """The name of the sampling that a preset comes with, where it has a size."""
+    return "poisson" if isinstance(made.sampling, Poisson) else "fixed"
 
 
 def _check_training(experiment: Experiment, setup: Setup) -> None:

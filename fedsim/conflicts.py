@@ -187,6 +187,40 @@ def _strategy_names(read: _Reader, part: str) -> list[str]:
     return [str(_name_of(named)).lower().replace("_", "") for named in (table, table.get(part))]
 
 
+def _privacy_conflicts(read: _Reader) -> Iterable[str]:
+    plugins = read.given.get("plugins", [])
+    named = {str(_name_of(part)).lower().replace("_", "") for part in plugins} if isinstance(plugins, list) else set()
+    central = "noise" in named or _strategy_names(read, "aggregator")[0] == "dpfedavg"
+    if central or "localnoise" in named:
+        kept, examples = read.get("client.batch_norm"), read.get("client.dp_sgd") is not None
+        yield from against_noise(read.number("strategy.min_clients") if central else None, kept, examples)
+
+
+def against_noise(min_clients: int | None, batch_norm: str, dp_sgd: bool) -> Iterable[str]:
+    """What does not go with noise that hides clients, one line a key.
+
+    Args:
+        min_clients: ``strategy.min_clients``, where the noise is the server's.
+        batch_norm: ``client.batch_norm``.
+        dp_sgd: whether there is a ``client.dp_sgd``.
+    """
+    if min_clients:
+        yield (
+            f"strategy.min_clients: {min_clients} would show, by a round that keeps the weights, how many clients were"
+            " chosen; under noise every round is a release, so leave it out"
+        )
+    if batch_norm == "share_all":
+        yield (
+            'client.batch_norm: "share_all" sends batch norm\'s statistics beside the update, which no noise covers;'
+            ' give "share_affine" or "local", or set model.norm = "group"'
+        )
+    if dp_sgd:
+        yield (
+            "client.dp_sgd: its epsilon is of examples, that of the strategy's noise of clients, and the ledger has"
+            " one; leave one of them out"
+        )
+
+
 def _root_conflicts(read: _Reader) -> Iterable[str]:
     given = read.given.get("data", {})
     own_source = isinstance(given, Mapping) and str(_name_of(given.get("source", "digits"))) != "digits"
@@ -213,4 +247,5 @@ _CHECKS: tuple[Callable[[_Reader], Iterable[str]], ...] = (
     _batch_norm_conflicts,
     _client_conflicts,
     _root_conflicts,
+    _privacy_conflicts,
 )

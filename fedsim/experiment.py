@@ -174,7 +174,8 @@ class StrategySettings(Named):
         correction: what changes in the local loop.
         aggregator: how updates become one.
         server_optimizer: what is done with the aggregated update.
-        min_clients: a round with fewer updates than that keeps the weights.
+        min_clients: a round with fewer updates than that keeps the weights; left out, 1, or 0 under central noise,
+            where every round is a release.
         weighting: how clients' updates are weighted; left out, the strategy's own way.
     """
 
@@ -185,7 +186,7 @@ class StrategySettings(Named):
     correction: Part | None = None
     aggregator: Part | None = None
     server_optimizer: Part | None = None
-    min_clients: NoneOrMore = 1
+    min_clients: NoneOrMore | None = None
     weighting: Literal["examples", "uniform"] | None = None
 
     def cohort_size(self, clients: int) -> int:
@@ -193,6 +194,26 @@ class StrategySettings(Named):
         if self.clients_per_round is not None:
             return self.clients_per_round
         return max(1, round(self.fraction * clients)) if self.fraction is not None else min(10, clients)
+
+
+class MetricNoise(Section):
+    """Noise on what clients send of an evaluation, see :func:`fedsim.private_metrics.noised`.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise over how far one client moves the sum.
+        delta: of the epsilon that the evaluations come to; left out, 1 / clients^1.1.
+        loss_bound: clients' mean losses above it count as it.
+        bound: the largest norm of any other statistic of a client, a mean over its examples; 1 is enough for shares.
+    """
+
+    noise_multiplier: Positive
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    loss_bound: Positive = 5.0
+    bound: Positive = 1.0
+
+    def bound_of(self, statistic: str) -> float:
+        """The largest norm of a client's statistic of that name."""
+        return self.loss_bound if statistic == "loss" else self.bound
 
 
 class EvaluationSettings(Section):
@@ -208,12 +229,15 @@ class EvaluationSettings(Section):
         batch_size: examples evaluated at once.
         clients: whether clients evaluate on their own test and validation examples too; left out, they do where
             ``data.client_test_fraction`` says that they test.
+        noise: noise on the clients' metrics, so that these too have an epsilon; each client's own are not recorded
+            then.
     """
 
     every: Count = 5
     batch_norm: Literal["auto", BatchNorm] = "auto"
     batch_size: Count = 512
     clients: bool | None = None
+    noise: MetricNoise | None = None
 
 
 class DeviceSettings(Section):

@@ -31,6 +31,9 @@ def notes(setup: Setup, source: str) -> list[str]:
         found.append("The training loss is that of the batches as they were trained on, adversarial inputs included.")
     if setup.recipe.dp_sgd is not None:
         found.append(_privacy_note(setup.recipe.dp_sgd))
+    if setup.guarantee is not None:
+        found.append(setup.guarantee.note)
+    found += [plugin.note for plugin in setup.strategy.plugins]
     return [note for note in found if note]
 
 
@@ -72,15 +75,21 @@ def _attack_note(setup: Setup) -> str:
 def _privacy_note(dp: DpSgd) -> str:
     if not dp.noise_multiplier:
         return "DP-SGD clipped each example's gradient and added no noise, so epsilon is infinite: there is no privacy."
-    told = privacy(dp)
+    told = _example_privacy(dp)
     return (
         f"Epsilon is the largest that a client has spent: by {told['unit']}, {told['relation']}, {told['trust']} trust,"
         f" delta {dp.delta:g}, {told['accountant']} accountant; it covers {told['covers']}."
     )
 
 
-def privacy(dp: DpSgd) -> dict[str, Any]:
-    """What kind of epsilon DP-SGD on clients gives."""
+def privacy(setup: Setup) -> dict[str, Any] | None:
+    """What kind of epsilon a run has, as plain values; ``None`` without privacy."""
+    if setup.guarantee is not None:
+        return setup.guarantee.described()
+    return None if setup.recipe.dp_sgd is None else _example_privacy(setup.recipe.dp_sgd)
+
+
+def _example_privacy(dp: DpSgd) -> dict[str, Any]:
     return {
         "unit": "example",
         "relation": "replace one by nothing",  # how many examples a client holds is sent with its update

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,7 +112,7 @@ class _Run:
     simulation: Simulation
     checks: dict[str, Check]
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    stopped: bool = False
+    stopped: str = ""  # what ended the run before its last round
 
 
 def run(
@@ -276,13 +277,15 @@ def plan(
 
 def _foreseen_epsilon(setup: Setup, cohort: int) -> float | None:
     """What the client with the fewest examples will have spent, if it is chosen as often as may be expected."""
-    dp = setup.recipe.dp_sgd
+    dp, told = setup.recipe.dp_sgd, setup.guarantee
+    sizes, able = setup.population.splits["train"].sizes, setup.population.trainable
+    if told is not None:
+        often = setup.rounds if told.trust == "central" else -(-setup.rounds * cohort // len(able))
+        return min(told.spent(often), math.inf if told.budget is None else told.budget)
     if dp is None:
         return None
     from clients.dp_sgd import releases, spent
 
-    sizes = setup.population.splits["train"].sizes
-    able = setup.population.trainable
     smallest = able[[int(sizes[able].argmin())]]
     done = setup.trainer().work(smallest, 1)
     rate, count = releases(dp, done, setup.recipe.batch_size)
@@ -435,7 +438,7 @@ def manifest(assembly: Assembly, engine: Engine) -> dict[str, Any]:
         },
         "sources": _sources(experiment),
         "data": {"sha256": fingerprint(assembly.setup.population)},
-        "privacy": privacy(experiment.client.dp_sgd) if experiment.client.dp_sgd is not None else None,
+        "privacy": privacy(assembly.setup),
         "command": ["fedsim" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
@@ -467,9 +470,12 @@ def _rounds(under_way: _Run, callbacks: Sequence[Callback], first: bool) -> Iter
     if first:
         yield _adopted(under_way, simulation.first())
     while simulation.round < under_way.assembly.experiment.rounds and not under_way.stopped:
+        if simulation.budget_spent(simulation.round):
+            under_way.stopped = "The privacy budget"
+            break
         record = simulation.step()
         if any([callback(record) == "stop" for callback in callbacks]):
-            under_way.stopped = True
+            under_way.stopped = "A callback"
             record.events.append(Event(record.round, "stopped", f"a callback ended the run after round {record.round}"))
             if not record.metrics:
                 simulation.judge(record)
@@ -505,7 +511,8 @@ def _summary(under_way: _Run, store: RunStore, directory: Path) -> dict[str, Any
         "epsilon": totals["epsilon"],
         "seconds": totals["seconds"],
         "events": totals["events"],
-        "stopped": under_way.stopped,
+        "stopped": bool(under_way.stopped),
+        "privacy": store.manifest.get("privacy"),
         "notes": _notes(under_way),
     }
 
@@ -513,7 +520,9 @@ def _summary(under_way: _Run, store: RunStore, directory: Path) -> dict[str, Any
 def _notes(under_way: _Run) -> list[str]:
     found = notes(under_way.assembly.setup, under_way.assembly.experiment.data.source.name)
     if under_way.stopped:
-        found.append(f"A callback ended the run after round {under_way.simulation.round}.")
+        found.append(f"{under_way.stopped} ended the run after round {under_way.simulation.round}.")
+    if under_way.stopped == "A callback" and under_way.assembly.setup.guarantee is not None:
+        found.append("Epsilon does not cover what the callback looked at.")
     return found
 
 

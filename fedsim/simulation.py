@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from clients import randomness
 from clients.batches import work
 from clients.errors import RunError
 from clients.evaluation import Total, add_totals
@@ -40,10 +41,14 @@ _CLIENTS_A_PIECE = 64
 #: The largest epsilon that any client has spent, among the state that is checkpointed.
 _EPSILON = "dp_sgd/epsilon"
 
+#: How many evaluations of clients were released with noise.
+_EVALUATIONS = "metrics/evaluations"
+
 #: Seconds on the clients' devices so far.
 _CLOCK = "clock"
 
-#: Client state that goes with the server's, and advances only in rounds in which that does.
+#: Client state that goes with the server's, and advances only in rounds in which that does; less what a strategy says
+#: stands in any case.
 _WITH_SERVER = ("correction/", "plugin/")
 
 ClientState = dict[str, tuple[Tensor, Tensor]]
@@ -110,18 +115,22 @@ class Simulation:
         self.strategy, self.population, self.layout = setup.strategy, setup.population, setup.layout
         self.round = 0
         self.weights = self.layout.flatten(setup.model)
+        self.guarantee = setup.guarantee
         self.state = self.strategy.init(self._context(0))
         self.kept = self.strategy.client_state(self._context(0)) | setup.kept
         if setup.shared_statistics is not None:
             self.state[STATISTICS] = torch.zeros(setup.shared_statistics.kept_size, dtype=self.layout.dtype)
-        if setup.recipe.dp_sgd is not None:
+        if setup.recipe.dp_sgd is not None or (self.guarantee is not None and self.guarantee.trust == "local"):
             self.state[_EPSILON] = torch.zeros((), dtype=torch.float64)
         self._unsent = setup.unsent * self.layout.dtype.itemsize
         self.attacks = {client: group.name for group in setup.malicious for client in group.clients.tolist()}
         self.scheduler = Scheduler(experiment, setup)
+        self._row_bytes = 0
         self._versions = {0: self._sent()}
         if self.scheduler.keeps_time:
             self.state[_CLOCK] = torch.zeros((), dtype=torch.float64)
+        if experiment.evaluation.noise is not None:
+            self.state[_EVALUATIONS] = torch.zeros((), dtype=torch.float64)
         self._staged: ClientState = {}
         self._local: Worker | None = None
         self._version = 0
@@ -172,6 +181,8 @@ class Simulation:
         ctx = self._context(number)
         work = self.scheduler.next(ctx, float(self.state.get(_CLOCK, 0.0)))
         cohort = work.clients
+        began = np.sort(np.concatenate([cohort, np.array(work.dropped, dtype=np.int64)]))
+        ctx = self._context(number, began)
         found = self._train(work, ctx)
         record = RoundRecord(
             round=number,
@@ -188,9 +199,17 @@ class Simulation:
             train_seconds=sum(chunk["seconds"] for chunk in found.chunks),
         )
         if _EPSILON in self.state:
-            spent = [client["epsilon"] for client in found.clients]
-            self.state[_EPSILON] = torch.tensor(max([float(self.state[_EPSILON]), *spent]), dtype=torch.float64)
+            each = [client["epsilon"] for client in found.clients]
+            self.state[_EPSILON] = torch.tensor(max([float(self.state[_EPSILON]), *each]), dtype=torch.float64)
             record.epsilon = float(self.state[_EPSILON])
+        elif self.guarantee is not None:
+            record.epsilon = self.guarantee.spent(number)
+            if self.budget_spent(number):
+                message = (
+                    f"epsilon {record.epsilon:.4g} of {self.guarantee.budget:g} is spent, and another round would"
+                    f" exceed it; the run ends after round {number}"
+                )
+                record.events.append(Event(number, "budget_spent", message))
         raised = [event for event in found.events if event.kind in ("client_failed", "too_few_examples")]
         if number == 1 and len(cohort) and len(raised) == len(cohort):
             raise RunError(f"round 1: all {len(cohort)} clients failed; client {raised[0].client}: {raised[0].message}")
@@ -211,14 +230,22 @@ class Simulation:
         self._staged = {
             name: (torch.cat([ids for ids, _ in parts]), torch.cat([rows for _, rows in parts]))
             for name, parts in found.state.items()
-            if moved or not name.startswith(_WITH_SERVER)
+            if moved or not name.startswith(_WITH_SERVER) or name in self.strategy.stands
         }
-        if number % self.experiment.evaluation.every == 0 or number == self.experiment.rounds:
+        last = number == self.experiment.rounds or self.budget_spent(number)
+        if last or number % self.experiment.evaluation.every == 0:
             self.judge(record)
         record.seconds = time.perf_counter() - begun
         return record
 
-    def _context(self, round: int) -> Context:
+    def budget_spent(self, round: int) -> bool:
+        """Whether another round after this one would exceed the privacy budget."""
+        told = self.guarantee
+        if told is None or told.budget is None or round >= self.experiment.rounds:
+            return False
+        return told.spent(round + 1) > told.budget
+
+    def _context(self, round: int, cohort: np.ndarray | None = None) -> Context:
         setup = self.setup
         server: dict[str, Any] = {
             "data": self._data,
@@ -226,15 +253,30 @@ class Simulation:
             "evaluate": self.evaluate,
             "outputs": self._outputs,
         }
-        return Context(round, self.layout, self.weights, self.population, setup.task, setup.seed, server, setup.recipe)
+        return Context(
+            round,
+            self.layout,
+            self.weights,
+            self.population,
+            setup.task,
+            setup.seed,
+            server,
+            setup.recipe,
+            rounds=setup.rounds,
+            cohort=None if cohort is None else torch.from_numpy(cohort),
+            strategy=self.strategy,
+        )
 
     def _sent(self) -> dict[str, Tensor]:
         """What clients that begin now are sent: the weights as ``row``, and state by name."""
         statistics = {STATISTICS: self.state[STATISTICS]} if STATISTICS in self.state else {}
-        return {"row": self.weights, **self.strategy.broadcast(self.state), **statistics}
+        row, self._row_bytes = self.strategy.down(self.state, self._context(self.round + 1))
+        return {"row": row, **self.strategy.broadcast(self.state), **statistics}
 
     def _bytes_down(self) -> int:
-        return sum(value.nbytes for value in self._sent().values())
+        """Of a client that begins now."""
+        beside = (value.nbytes for name, value in self._versions[self.round].items() if name != "row")
+        return self._row_bytes + sum(beside)
 
     def _statistics(self) -> dict[str, Tensor | None]:
         """Batch norm's statistics as they are broadcast, where clients share them."""
@@ -256,6 +298,7 @@ class Simulation:
             broadcast = {
                 "round": version + 1,
                 "staleness": ctx.round - 1 - version,
+                "cohort": ctx.cohort,
                 "weights": self._broadcast_weights(self._versions[version]["row"]),
                 "state": self.strategy.broadcast(self._versions[version]),
                 "rows": rows,
@@ -365,6 +408,7 @@ class Simulation:
             "update_norm": trained.norms,
             "bytes_up": u.nbytes,
             **trained.report,
+            **u.report,
         }
         for values in zip(*(column.tolist() for column in columns.values()), strict=True):
             found.clients.append({"chunk": chunk.number, **dict(zip(columns, values, strict=True))})
@@ -383,6 +427,7 @@ class Simulation:
                 weights=u.weights.sum(0, keepdim=True),
                 sends=sends,
                 nbytes=None,
+                report={},
             )
             found.total = add_sums(found.total, part)
         found.parts.append(u)
@@ -392,7 +437,9 @@ class Simulation:
 
     def _combine(self, found: _Collected, ctx: Context, record: RoundRecord) -> bool:
         """Moves the weights; or keeps them, and says why. Whether it moved them."""
-        needed = max(self.experiment.strategy.min_clients, self.strategy.aggregator.min_rows)
+        needed = max(self._min_clients(), self.strategy.aggregator.min_rows)
+        if found.total is None and needed == 0:
+            found.total = self.strategy.nothing(ctx)
         if record.completed < needed or found.total is None:
             message = f"{record.completed} of {record.cohort} clients' updates are usable and {needed} are needed"
             record.events.append(Event(ctx.round, "cohort_too_small", f"{message}; the weights are kept"))
@@ -409,6 +456,12 @@ class Simulation:
             for client in record.clients:
                 client[name] = told.get(client["client"])
         return True
+
+    def _min_clients(self) -> int:
+        said = self.experiment.strategy.min_clients
+        if said is not None:
+            return said
+        return 0 if self.guarantee is not None and self.guarantee.trust == "central" else 1
 
     def _pooled(self, total: Updates) -> dict[str, Any]:
         """The state with the cohort's batch-norm statistics, where clients shared them and their weights allow it."""
@@ -462,10 +515,14 @@ class Simulation:
         pooled: Total = {}
         means: dict[str, list[float]] = {}
         without: list[int] = []
+        hidden: list[Total] | None = None if self.experiment.evaluation.noise is None else []
         for result in self.engine.map("evaluate", pieces, self._evaluated(self.weights)):
             for client, total in zip(result.chunk.clients.tolist(), self._totals(result), strict=True):
                 if total is None:
                     without.append(client)
+                    continue
+                if hidden is not None:
+                    hidden.append(total)
                     continue
                 pooled = add_totals(pooled, total)
                 found = self.setup.task.metrics(total)
@@ -478,11 +535,30 @@ class Simulation:
             listed = ", ".join(map(str, without[:5])) + (", ..." if len(without) > 5 else "")
             message = f"{few} and are left out of {split}: {listed}"
             record.events.append(Event(record.round, "not_evaluated", message, without[0], "evaluation"))
+        if hidden:
+            return self._noised_metrics(split, hidden)
         if not pooled:
             return {"examples": 0, "clients": 0}
         whole: dict[str, float] = {**self.setup.task.metrics(pooled), "examples": int(pooled["examples"][0])}
         whole |= {f"{name}_client_mean": float(np.mean(values)) for name, values in means.items()}
         return {**whole, "clients": len(ids) - len(without)}
+
+    def _noised_metrics(self, split: str, totals: list[Total]) -> dict[str, float]:
+        """The clients' metrics with noise, and the epsilon that all evaluations of clients have come to."""
+        from fedsim.private_metrics import noised
+        from strategies.accounting import epsilon
+
+        said = self.experiment.evaluation.noise
+        assert said is not None
+        generator = randomness.generator(self.setup.seed, f"metrics/{split}", self.round)
+        total = noised(totals, said, generator)
+        self.state[_EVALUATIONS] = self.state[_EVALUATIONS] + 1
+        spent = epsilon(
+            noise_multiplier=said.noise_multiplier,
+            rounds=int(self.state[_EVALUATIONS]),
+            delta=said.delta or len(totals) ** -1.1,
+        )
+        return {**self.setup.task.metrics(total), "examples": len(totals), "clients": len(totals), "epsilon": spent}
 
     def _newest(self, name: str, ids: np.ndarray) -> Tensor:
         """What the clients keep under that name, ``[k, m]``, this round's included."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from clients.weights import Layout
 from fedsim.data.population import Population
 from fedsim.engines.engine import Answer
 from strategies.context import Context
+from strategies.guarantees import Guarantee
 from strategies.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -139,6 +141,11 @@ class Setup:
         """Whether the server has a whole model to judge: no parameters, and no needed statistics, are clients' own."""
         return not self.layout.personal.size and not self.by_client
 
+    @cached_property
+    def guarantee(self) -> Guarantee | None:
+        """The differential privacy that the strategy gives the clients."""
+        return self.strategy.guarantee(len(self.population.trainable), self.rounds)
+
     @property
     def kept(self) -> dict[str, int]:
         """Name -> length of what local training keeps for every client between rounds."""
@@ -216,6 +223,9 @@ class Worker:
             self.setup.seed,
             recipe=self.setup.recipe,
             staleness=broadcast.get("staleness", 0),
+            rounds=self.setup.rounds,
+            cohort=broadcast.get("cohort"),
+            strategy=self.strategy,
         )
 
     def train(self, chunk: Chunk, broadcast: Mapping[str, Any]) -> Answer:

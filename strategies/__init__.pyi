@@ -1,3 +1,6 @@
+from . import accounting as accounting
+from . import auditing as auditing
+from . import compression as compression
 from . import model_attacks as model_attacks
 from . import server_optimizers as server_optimizers
 from .adaptive import FedAdagrad, FedAdam, FedYogi
@@ -6,15 +9,21 @@ from .averaging import FedAvg, FedAvgM, FedProx
 from .buffered import Buffered, FedBuff
 from .centres import centered_clipping, fltrust, geometric_median, norm_bounding
 from .checks import Check, CheckContext
+from .codecs import Codec
+from .compression import QSGD, Quantize, Sign
 from .context import Context
 from .coordinates import median, sign_majority, trimmed_mean
 from .corrections import Prox
 from .drift import FedDyn, Scaffold
+from .error_feedback import Downlink, ErrorFeedback
 from .fair import QFedAvg
+from .guarantees import Guarantee
 from .mixing import bucketing, nearest_neighbor_mixing
 from .model_attacks import CraftContext, ModelAttack
 from .normalized import FedNova
 from .plugins import Plugin
+from .privacy import AdaptiveClip, Clip, LocalNoise, Noise, clip
+from .private import DPFedAvg
 from .robust import (
     BulyanRule,
     CenteredClippingRule,
@@ -43,11 +52,15 @@ from .robust_presets import (
 )
 from .robust_wrappers import Bucketing, NearestNeighborMixing
 from .sampling import All, Fixed, Poisson, Sampling
+from .secure_sum import SecureSum
 from .selection import bulyan, dnc, krum, multi_krum
 from .server_optimizers import ServerOptimizer
+from .sparsification import RandomK, TopK
 from .strategy import Strategy
 
 __all__ = [
+    "QSGD",
+    "AdaptiveClip",
     "Aggregator",
     "All",
     "Bucketing",
@@ -58,10 +71,15 @@ __all__ = [
     "CenteredClippingRule",
     "Check",
     "CheckContext",
+    "Clip",
+    "Codec",
     "Context",
     "CraftContext",
+    "DPFedAvg",
     "DnC",
     "DnCRule",
+    "Downlink",
+    "ErrorFeedback",
     "FLTrust",
     "FLTrustRule",
     "FedAdagrad",
@@ -76,8 +94,10 @@ __all__ = [
     "Fixed",
     "GeometricMedian",
     "GeometricMedianRule",
+    "Guarantee",
     "Krum",
     "KrumRule",
+    "LocalNoise",
     "Mean",
     "Median",
     "MedianRule",
@@ -85,23 +105,33 @@ __all__ = [
     "MultiKrum",
     "MultiKrumRule",
     "NearestNeighborMixing",
+    "Noise",
     "NormBounding",
     "NormBoundingRule",
     "Plugin",
     "Poisson",
     "Prox",
     "QFedAvg",
+    "Quantize",
+    "RandomK",
     "Sampling",
     "Scaffold",
+    "SecureSum",
     "ServerOptimizer",
+    "Sign",
     "SignMajorityRule",
     "SignSGD",
     "Strategy",
+    "TopK",
     "TrimmedMean",
     "TrimmedMeanRule",
+    "accounting",
+    "auditing",
     "bucketing",
     "bulyan",
     "centered_clipping",
+    "clip",
+    "compression",
     "dnc",
     "fltrust",
     "geometric_median",

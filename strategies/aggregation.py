@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from clients.described import Described
-from clients.errors import RunError
-from clients.recipe import Recipe
+from clients.errors import RequestError, RunError
+from clients.recipe import Count, Recipe
 from clients.updates import Updates
 from strategies.context import Context
 
@@ -45,6 +45,15 @@ class Aggregator(Described):
         """What of the strategy that it is part of does not go with the rule, one line a key."""
         return []
 
+    def unbounded(self) -> str:
+        """Why one client may move the result by any amount although its row is bounded; empty where it cannot, and
+        :meth:`sensitivity` says how far."""
+        return "how far one client moves the result is not known"
+
+    def sensitivity(self, bound: float, ctx: Context) -> float:
+        """How far adding or removing one client, whose row has at most that norm, moves the result."""
+        raise NotImplementedError
+
     def init(self, ctx: Context) -> State:
         """The rule's first state: a dict of tensors."""
         return {}
@@ -67,19 +76,57 @@ class Mean(Aggregator):
     """Weighted mean, sum_k n_k x_k / sum_k n_k (McMahan et al. 2017, "Communication-efficient learning", Algorithm 1).
 
     Over the clients sampled: with unequal n_k a ratio estimator of the mean over all clients, not an unbiased one.
+    Divided by what is expected instead, sum_k w_k x_k / (q N w_max), it is unbiased, and one client moves it by at most
+    its norm over q N, which privacy rests on (McMahan et al. 2018, "Learning differentially private recurrent language
+    models", the estimator f_f).
 
     Args:
-        weighting: ``examples`` weighs by training examples, ``uniform`` counts every client alike.
+        weighting: ``examples`` weighs by training examples, ``uniform`` counts every client alike, ``capped`` weighs by
+            training examples up to ``cap``.
+        cap: examples beyond which a client counts no more.
+        divisor: ``total``, the clients' total weight; or ``expected``, the expected number of clients times the largest
+            weight, whoever takes part.
     """
 
-    weighting: Literal["examples", "uniform"] = "examples"
+    weighting: Literal["examples", "uniform", "capped"] = "examples"
+    cap: Count | None = None
+    divisor: Literal["total", "expected"] = "total"
+
+    def __post_init__(self) -> None:
+        if (self.weighting == "capped") != (self.cap is not None):
+            raise RequestError(f'strategy.aggregator.cap: belongs to weighting = "capped", not {self.weighting!r}')
+        if self.divisor == "expected" and self.weighting == "examples":
+            raise RequestError(
+                'strategy.aggregator.divisor: "expected" needs a largest weight; give weighting = "uniform" or "capped"'
+            )
+
+    @property
+    def min_rows(self) -> int:  # type: ignore[override]
+        return 1 if self.divisor == "total" else 0
+
+    def unbounded(self) -> str:
+        if self.weighting == "examples":
+            return 'weights by examples have no largest one; give strategy.weighting = "uniform", or "capped" with cap'
+        if self.divisor == "total":
+            return (
+                'it divides by who took part, which each client changes; give strategy.aggregator.divisor = "expected"'
+            )
+        return ""
+
+    def sensitivity(self, bound: float, ctx: Context) -> float:
+        return bound / ctx.expected
 
     def prepare(self, u: Updates, ctx: Context) -> Updates:
-        return (
-            super().prepare(u, ctx) if self.weighting == "examples" else u.replace(weights=torch.ones_like(u.weights))
-        )
+        weighed = super().prepare(u, ctx)
+        if self.weighting == "examples":
+            return weighed
+        if self.cap is not None:
+            return weighed.replace(weights=weighed.weights.clamp(0, self.cap))
+        return weighed.replace(weights=torch.ones_like(weighed.weights))
 
     def combine(self, u: Updates, state: State, ctx: Context) -> tuple[Tensor, State, dict[str, Any]]:
+        if self.divisor == "expected":
+            return u.rows[0] / (ctx.expected * (self.cap or 1)), state, {}
         return u.rows[0] / _positive(u.weights.sum()), state, {}
 
 

@@ -51,6 +51,13 @@ class Context:
         recipe: how clients train.
         staleness: in a worker, how many steps the server has taken since these clients were sent their weights; above 0
             in asynchronous training only.
+        rounds: how many rounds the run has at most.
+        cohort: ``int64 [n]`` ids of all clients that began the round, ascending, whether they answer or not; ``None``
+            where nobody has.
+        strategy: the strategy that the reader is a part of.
+        sensitivity: in ``server_total``, how far adding or removing one client, whatever it sends, moves the aggregate
+            (Euclidean norm); ``None`` where nothing bounds that.
+        scope: what the keys of generators begin with, so that two plug-ins of a kind do not share their draws.
     """
 
     round: int
@@ -62,15 +69,26 @@ class Context:
     server: Mapping[str, Callable[..., Any]] | None = None
     recipe: Recipe | None = None
     staleness: int = 0
+    rounds: int = 0
+    cohort: Tensor | None = None
+    strategy: Any = None
+    sensitivity: float | None = None
+    scope: str = ""
+
+    @property
+    def expected(self) -> float:
+        """The expected number of clients in a round, which does not depend on who was chosen."""
+        return float(self.strategy.sampling.expected(len(self.population.trainable)))
 
     def generator(self, purpose: str, client: int = 0) -> torch.Generator:
         """A generator of this round's own for one purpose (and one client)."""
-        return randomness.generator(self.seed, purpose, self.round, client)
+        return randomness.generator(self.seed, f"{self.scope}{purpose}", self.round, client)
 
     def uniform(self, purpose: str, clients: Tensor | np.ndarray, size: int = 1) -> Tensor:
         """``float64 [k, size]`` uniform draws, one keyed stream a client, the same whoever else is in the block."""
         ids = clients.numpy() if isinstance(clients, Tensor) else clients
-        return torch.from_numpy(randomness.uniforms(randomness.keys(self.seed, purpose, self.round, ids), size))
+        keys = randomness.keys(self.seed, f"{self.scope}{purpose}", self.round, ids)
+        return torch.from_numpy(randomness.uniforms(keys, size))
 
     def data(self, split: str) -> dict[str, Tensor]:
         """A server split (``"proxy"``, ``"root"``, ``"validation"``), whole: column -> ``[n, ...]``."""

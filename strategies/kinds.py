@@ -10,7 +10,7 @@ declare(
     Kind("strategies", "strategy", "strategies", base="Strategy", offered=_COMPOSED, entry_points="fedsim.strategies"),
     Kind("samplings", "sampling", "strategies", base="Sampling", offered=("clients_per_round", "fraction")),
     Kind("corrections", "correction", "strategies", base="Correction"),
-    Kind("plugins", "plug-in", "strategies", base="Plugin", entry_points="fedsim.plugins"),
+    Kind("plugins", "plug-in", "strategies", base="Plugin", offered=("base",), entry_points="fedsim.plugins"),
     Kind(
         "aggregators",
         "aggregator",

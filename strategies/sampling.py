@@ -69,9 +69,13 @@ class _Sized(Sampling):
 class Fixed(_Sized):
     """A cohort of fixed size, without replacement: the m clients with the smallest u."""
 
+    def size(self, clients: int) -> int:
+        """m, of so many clients."""
+        return min(clients, max(1, round(self.expected(clients))))
+
     def cohort(self, ctx: Context) -> np.ndarray:
         ids = ctx.population.trainable
-        m = max(1, round(self.expected(len(ids))))
+        m = self.size(len(ids))
         if m >= len(ids):
             return ids
         return np.sort(ids[np.argpartition(draws(ctx, ids), m)[:m]])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from strategies.context import Context
 from strategies.plugins import Plugin
 from strategies.sampling import Fixed, Sampling
 from strategies.server_optimizers import SGD, ServerOptimizer
+
+if TYPE_CHECKING:
+    from strategies.guarantees import Guarantee
 
 State = dict[str, Any]
 Info = dict[str, Any]
@@ -94,8 +98,9 @@ class Strategy:
             ]
         if not problems:
             problems += [*self.correction.fits(self), *self.aggregator.fits(self)]
+            problems += [line for plugin in self.plugins for line in plugin.fits(self)]
         if problems:
-            raise RequestError(problems)
+            raise RequestError(list(dict.fromkeys(problems)))
 
     def with_parts(self, **parts: Any) -> Strategy:
         """The same composition with some parts replaced; a plain :class:`Strategy`."""
@@ -125,7 +130,7 @@ class Strategy:
         for name, size in self.correction.server_state.items():
             state[f"correction/{name}"] = torch.zeros(ctx.layout.length(size), dtype=ctx.layout.dtype)
         for place, plugin in self._named_plugins():
-            state |= _under(place, plugin.init(ctx))
+            state |= _under(place, plugin.init(self._inside(place, ctx)))
         return state
 
     def client_state(self, ctx: Context) -> dict[str, int]:
@@ -137,7 +142,34 @@ class Strategy:
 
     def broadcast(self, state: State) -> State:
         """The part of the state that goes to the clients with the weights, and is billed."""
-        return {name: value for name, value in state.items() if name.startswith(("correction/", "plugin/"))}
+        read = tuple(
+            f"{place}/" for place, plugin in self._named_plugins() if plugin.overrides("client", "server_each")
+        )
+        return {name: value for name, value in state.items() if name.startswith(("correction/", *read))}
+
+    def down(self, state: State, ctx: Context) -> tuple[Tensor, int]:
+        """What clients are sent in place of the weights ``[d]``, and its bytes."""
+        row, size = ctx.weights, ctx.weights.nbytes
+        for place, plugin in self._named_plugins():
+            if plugin.overrides("down"):
+                with _named(plugin, "down", ctx):
+                    row, size = plugin.down(row, _of(place, state), self._inside(place, ctx))
+        return row, size
+
+    def bound(self, state: State) -> float | None:
+        """The largest Euclidean norm that a row has as it is added, whatever was sent; None where there is none."""
+        bounds = [plugin.bounded_by(_of(place, state)) for place, plugin in self._named_plugins()]
+        return next((bound for bound in bounds if bound is not None), None)
+
+    @property
+    def stands(self) -> frozenset[str]:
+        """The names of client state that is adopted even where the server keeps its weights."""
+        return frozenset(f"{place}/{name}" for place, plugin in self._named_plugins() for name in plugin.stands)
+
+    def guarantee(self, clients: int, rounds: int) -> Guarantee | None:
+        """The differential privacy of a run over so many clients that can be trained, and so many rounds."""
+        found = [plugin.guarantee(self, clients, rounds) for plugin in self.plugins]
+        return next((guarantee for guarantee in found if guarantee is not None), None)
 
     # The worker's half.
 
@@ -150,43 +182,60 @@ class Strategy:
         Returns:
             The updates as they enter the reduction, and the new client state of the plug-ins.
         """
+        ctx = replace(ctx, strategy=self)
         with _named(self.aggregator, "prepare", ctx):
             u = self.aggregator.prepare(u, ctx)
         fresh: State = {}
         for place, plugin in self._named_plugins():
             mine = {name: kept[f"{place}/{name}"] for name in plugin.client_state}
             with _named(plugin, "client", ctx):
-                u, after = plugin.client(u, {**_of(place, state), **mine}, ctx)
+                u, after = plugin.client(u, {**_of(place, state), **mine}, self._inside(place, ctx))
                 _same_width(u, ctx)
                 fresh |= {f"{place}/{name}": after[name] for name in plugin.client_state}
         u = u.replace(nbytes=u.bill())
         return self.receive(u, state, ctx) if receive else u, fresh
 
     def receive(self, u: Updates, state: State, ctx: Context) -> Updates:
-        """What the server does with each update on arrival."""
-        for place, plugin in reversed(list(self._named_plugins())):
-            with _named(plugin, "server_each", ctx):
-                u = plugin.server_each(u, _of(place, state), ctx)
-                _same_width(u, ctx)
+        """What the server does with each update on arrival; nothing where it sees only their sum."""
+        hidden = any(plugin.owns_sum for plugin in self.plugins)
+        for place, plugin in reversed(self._named_plugins()):
+            if plugin.overrides("server_each") and not (hidden and plugin.repeats):
+                with _named(plugin, "server_each", ctx):
+                    u = plugin.server_each(u, _of(place, state), self._inside(place, ctx))
+                    _same_width(u, ctx)
         return u
 
     def reduce(self, u: Updates) -> Updates:
         """A chunk's weighted sum, for an aggregator that needs no more."""
         return weighted_sum(u)
 
+    def nothing(self, ctx: Context) -> Updates:
+        """The sum over no clients."""
+        none, zero = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        total = torch.zeros(1, len(ctx.weights), dtype=torch.float64)
+        return Updates(total, none, zero, zero, torch.zeros(1, dtype=torch.float64))
+
     # The server's half.
 
     def aggregate(self, u: Updates, state: State, ctx: Context) -> tuple[Tensor, State, Info]:
         """From the reduced updates to new weights ``[d]``, the new state, and the rule's per-client values."""
+        ctx = replace(ctx, strategy=self)
+        bound = self.bound(state)
+        for place, plugin in self._named_plugins():
+            if self.aggregator.needs == "sum" and plugin.overrides("server_sum"):
+                with _named(plugin, "server_sum", ctx):
+                    u = plugin.server_sum(u, _of(place, state), self._inside(place, ctx))
         with _named(self.aggregator, "combine", ctx):
             combined, after, info = self.aggregator.combine(u, _of("aggregator", state), ctx)
             if combined.shape != ctx.weights.shape:
                 raise ValueError(f"gave a row of shape {list(combined.shape)}; give {list(ctx.weights.shape)}")
         state = {**_without("aggregator", state), **_under("aggregator", after)}
         total = u.replace(rows=combined[None].to(ctx.layout.dtype))
+        if bound is not None and not self.aggregator.unbounded():
+            ctx = replace(ctx, sensitivity=self.aggregator.sensitivity(bound, ctx))
         for place, plugin in self._named_plugins():
             with _named(plugin, "server_total", ctx):
-                total, after = plugin.server_total(total, _of(place, state), ctx)
+                total, after = plugin.server_total(total, _of(place, state), self._inside(place, ctx))
             state = {**_without(place, state), **_under(place, after)}
         with _named(self.correction, "server", ctx):
             own = self.correction.server(u, _of("correction", state), ctx)
@@ -195,6 +244,10 @@ class Strategy:
             row, after = self.server_optimizer.step(ctx.weights, total.rows[0], _of("server_optimizer", state))
         state = {**_without("server_optimizer", state), **_under("server_optimizer", after)}
         return row.to(ctx.layout.dtype), state, info
+
+    def _inside(self, place: str, ctx: Context) -> Context:
+        """The context as a plug-in sees it."""
+        return replace(ctx, strategy=self, scope=f"{place}/")
 
     def _named_plugins(self) -> list[tuple[str, Plugin]]:
         return [(f"plugin/{i}-{type(plugin).__name__}", plugin) for i, plugin in enumerate(self.plugins)]

@@ -196,6 +196,17 @@ class Facts:
         """Epsilon spent so far; ``None`` without privacy."""
         return next((row["epsilon"] for row in reversed(self.rounds) if row["epsilon"] is not None), None)
 
+    @property
+    def privacy(self) -> Mapping[str, Any]:
+        """What kind of epsilon it is: unit, relation, trust, delta, accountant, covers; empty without privacy."""
+        found = self.run.manifest.get("privacy")
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def privacy_kind(self) -> str:
+        """Unit, relation and trust: epsilons of different kinds cannot be compared."""
+        return ", ".join(str(self.privacy.get(name, "?")) for name in ("unit", "relation", "trust"))
+
     @cached_property
     def cohort(self) -> float:
         """Clients a round, on average."""

@@ -36,7 +36,7 @@ def axes(runs: Sequence[Facts]) -> dict[str, dict[str, Any]]:
     if all(any(row["simulated_seconds"] is not None for row in facts.rounds) for facts in runs):
         scale, unit = unit_of_time(max(facts.total("simulated_seconds") for facts in runs))
         made["simulated"] = {"label": "Simulated time", "title": f"Simulated {unit.lower()} so far", "scale": scale}
-    if all(facts.epsilon is not None for facts in runs):
+    if all(facts.epsilon is not None for facts in runs) and len({facts.privacy_kind for facts in runs}) == 1:
         made["epsilon"] = {"label": "Epsilon", "title": "Epsilon spent", "scale": 1}
     return made
 

@@ -266,7 +266,7 @@ def events(facts: Facts) -> Html:
 
 def ledger(facts: Facts) -> Html:
     """The ledger: bytes, epsilon and seconds of every round."""
-    return together(_not_sent(facts), _ledger_tables(facts))
+    return together(_not_sent(facts), _epsilon(facts), _ledger_tables(facts))
 
 
 def _not_sent(facts: Facts) -> Html | None:
@@ -370,6 +370,9 @@ def overview(runs: Sequence[Facts]) -> Html:
     ]
     if any(facts.epsilon is not None for facts in runs):
         columns.append(Column("Epsilon", lambda row: n.short(row["facts"].epsilon)))
+        kinds = {facts.privacy_kind for facts in runs if facts.epsilon is not None}
+        if len(kinds) > 1:
+            columns.append(Column("Epsilon is by", lambda row: _privacy_kind(row["facts"]), number=False))
     columns.append(Column("Time", lambda row: n.duration(row["facts"].total("seconds"))))
     return table("The last evaluation of each run, and its totals", columns, [{"facts": facts} for facts in runs])
 
@@ -463,6 +466,24 @@ def _ledger_columns(facts: Facts) -> list[Column]:
     if any(row["simulated_seconds"] is not None for row in facts.rounds):
         columns.append(Column("Simulated time", lambda row: n.duration(row["simulated_seconds"])))
     return [*columns, Column("Time", lambda row: n.duration(row["seconds"]))]
+
+
+def _privacy_kind(facts: Facts) -> str:
+    return n.NONE if facts.epsilon is None else facts.privacy_kind
+
+
+def _epsilon(facts: Facts) -> Html | None:
+    """What the ledger's epsilon is of."""
+    told = facts.privacy
+    if facts.epsilon is None or not told:
+        return None
+    delta = told.get("delta")
+    said = f"delta {delta:.3g}" if isinstance(delta, float) else f"delta {delta}"
+    return tag(
+        "p",
+        f"Epsilon is by {facts.privacy_kind} trust, at {said}, by the {told.get('accountant')} accountant; it covers"
+        f" {told.get('covers')}.",
+    )
 
 
 _OWN_USES = {"validation": "validation", "test": "testing"}

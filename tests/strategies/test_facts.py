@@ -15,7 +15,7 @@ from clients.task import Classification
 from clients.weights import Layout
 from strategies.context import Context
 
-SETTINGS = {"signsgd": {"momentum": 0.9}}
+SETTINGS = {"signsgd": {"momentum": 0.9}, "dpfedavg": {"adaptive": True}}
 
 
 class People:

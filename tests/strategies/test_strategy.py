@@ -114,7 +114,7 @@ def test_parts_of_the_wrong_kind_are_all_named():
     with pytest.raises(RequestError) as refused:
         Strategy(sampling=Mean(), aggregator=Fixed(2), plugins=[Mean()])
     assert len(refused.value.problems) == 3
-    assert "strategy.sampling: Mean(weighting='examples') is no Sampling" in str(refused.value)
+    assert f"strategy.sampling: {Mean()!r} is no Sampling" in str(refused.value)
 
 
 class HidesRows(Plugin):

@@ -1,0 +1,77 @@
+"""What of an experiment, beside its strategy, does not go with differential privacy of clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from clients.errors import RequestError
+from fedsim.conflicts import against_noise
+from fedsim.experiment import Experiment
+from fedsim.worker import Setup
+from strategies.privacy import Noise
+
+
+def check(experiment: Experiment, setup: Setup) -> None:
+    """Refuses an experiment whose guarantee would not hold.
+
+    Raises:
+        RequestError: with a line for each reason, and the mend.
+    """
+    problems = [*_metric_problems(experiment, setup), *_hidden_problems(setup)]
+    if any(plugin.overrides("guarantee") for plugin in setup.strategy.plugins):
+        problems += _problems(experiment, setup)
+    with keyed(experiment):
+        try:
+            setup.strategy.guarantee(len(setup.population.trainable), setup.rounds)
+        except RequestError as error:
+            problems += error.problems
+        if problems:
+            raise RequestError(problems)
+
+
+def _metric_problems(experiment: Experiment, setup: Setup) -> Iterator[str]:
+    said = experiment.evaluation.noise
+    if said is None:
+        return
+    if not experiment.clients_evaluate and setup.server_has_all:
+        yield (
+            "evaluation.noise: it is for metrics that clients send, and they send none; set data.client_test_fraction"
+            " above 0, or leave it out"
+        )
+    clients = setup.population.clients
+    if said.delta is not None and said.delta * clients >= 1:
+        yield f"evaluation.noise.delta: {said.delta:g} is no less than 1 / {clients} clients; give less"
+
+
+def _hidden_problems(setup: Setup) -> Iterator[str]:
+    if any(plugin.owns_sum for plugin in setup.strategy.plugins) and any(group.crafts for group in setup.malicious):
+        yield (
+            "attacks: those that make updates of what others send see each of them, which secure_sum hides; use an"
+            " attack on data, or leave secure_sum out"
+        )
+
+
+@contextmanager
+def keyed(experiment: Experiment) -> Iterator[None]:
+    """Names the settings of a preset's noise by the keys that they have in the experiment."""
+    try:
+        yield
+    except RequestError as error:
+        if any(part.name == "noise" for part in experiment.plugins):
+            raise
+        raise RequestError([line.replace("plugins.noise", "strategy") for line in error.problems]) from error
+
+
+def _problems(experiment: Experiment, setup: Setup) -> Iterator[str]:
+    central = next((plugin for plugin in setup.strategy.plugins if isinstance(plugin, Noise)), None)
+    least = None if central is None else experiment.strategy.min_clients
+    yield from against_noise(least, setup.recipe.batch_norm, setup.recipe.dp_sgd is not None)
+    devices = experiment.devices
+    if central is None or devices is None or central.amplification is False:
+        return
+    if devices.available < 1 and setup.strategy.sampling.amplifies:
+        yield (
+            "devices.available: clients that are not always there are not drawn by chance alone, which amplification by"
+            " sampling rests on; set plugins.noise.amplification = false, or leave it out"
+        )
