@@ -121,6 +121,7 @@ def assemble(experiment: Experiment) -> Assembly:
         batch_norm=experiment.batch_norm,
     )
     _check_training(experiment, setup)
+    setup.strategy.init(setup.context(0, setup.layout.flatten(model)))  # what only the first state can refuse
     private.check(experiment, setup)
     _check_evaluation(experiment, setup)
     _try_out(setup)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from clients import catalog
 from clients.errors import RequestError
+from clients.parts import Part
 from fedsim.conflicts import against_noise
 from fedsim.experiment import Experiment
 from fedsim.worker import Setup
@@ -18,7 +20,7 @@ def check(experiment: Experiment, setup: Setup) -> None:
     Raises:
         RequestError: with a line for each reason, and the mend.
     """
-    problems = [*_metric_problems(experiment, setup), *_hidden_problems(setup)]
+    problems = [*_metric_problems(experiment, setup), *_hidden_problems(experiment, setup)]
     if any(plugin.overrides("guarantee") for plugin in setup.strategy.plugins):
         problems += _problems(experiment, setup)
     with keyed(experiment):
@@ -44,12 +46,23 @@ def _metric_problems(experiment: Experiment, setup: Setup) -> Iterator[str]:
         yield f"evaluation.noise.delta: {said.delta:g} is no less than 1 / {clients} clients; give less"
 
 
-def _hidden_problems(setup: Setup) -> Iterator[str]:
-    if any(plugin.owns_sum for plugin in setup.strategy.plugins) and any(group.crafts for group in setup.malicious):
+def _hidden_problems(experiment: Experiment, setup: Setup) -> Iterator[str]:
+    if not any(plugin.owns_sum for plugin in setup.strategy.plugins):
+        return
+    for check in (part.name for part in experiment.checks if _needs_rows(part, experiment)):
+        yield (
+            f"checks.{check}: it looks at each update of the last round, which secure_sum hides; leave one of them out"
+        )
+    if any(group.crafts for group in setup.malicious):
         yield (
             "attacks: those that make updates of what others send see each of them, which secure_sum hides; use an"
             " attack on data, or leave secure_sum out"
         )
+
+
+def _needs_rows(part: Part, experiment: Experiment) -> bool:
+    found = catalog.load(part, "checks", experiment.base, key=f"checks.{part.name}")
+    return getattr(found, "needs", "") == "rows"
 
 
 @contextmanager

@@ -246,26 +246,14 @@ class Simulation:
         return told.spent(round + 1) > told.budget
 
     def _context(self, round: int, cohort: np.ndarray | None = None) -> Context:
-        setup = self.setup
         server: dict[str, Any] = {
             "data": self._data,
             "train": self._train_on_server,
             "evaluate": self.evaluate,
             "outputs": self._outputs,
         }
-        return Context(
-            round,
-            self.layout,
-            self.weights,
-            self.population,
-            setup.task,
-            setup.seed,
-            server,
-            setup.recipe,
-            rounds=setup.rounds,
-            cohort=None if cohort is None else torch.from_numpy(cohort),
-            strategy=self.strategy,
-        )
+        began = None if cohort is None else torch.from_numpy(cohort)
+        return self.setup.context(round, self.weights, server=server, cohort=began)
 
     def _sent(self) -> dict[str, Tensor]:
         """What clients that begin now are sent: the weights as ``row``, and state by name."""

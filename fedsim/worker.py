@@ -146,6 +146,21 @@ class Setup:
         """The differential privacy that the strategy gives the clients."""
         return self.strategy.guarantee(len(self.population.trainable), self.rounds)
 
+    def context(self, round: int, weights: Tensor, **more: Any) -> Context:
+        """A round's circumstances, as far as the setup knows them."""
+        return Context(
+            round,
+            self.layout,
+            weights,
+            self.population,
+            self.task,
+            self.seed,
+            recipe=self.recipe,
+            rounds=self.rounds,
+            strategy=self.strategy,
+            **more,
+        )
+
     @property
     def kept(self) -> dict[str, int]:
         """Name -> length of what local training keeps for every client between rounds."""
@@ -214,19 +229,8 @@ class Worker:
         self.loaded: object = None
 
     def _context(self, broadcast: Mapping[str, Any]) -> Context:
-        return Context(
-            broadcast["round"],
-            self.layout,
-            broadcast["weights"],
-            self.population,
-            self.setup.task,
-            self.setup.seed,
-            recipe=self.setup.recipe,
-            staleness=broadcast.get("staleness", 0),
-            rounds=self.setup.rounds,
-            cohort=broadcast.get("cohort"),
-            strategy=self.strategy,
-        )
+        more = {"staleness": broadcast.get("staleness", 0), "cohort": broadcast.get("cohort")}
+        return self.setup.context(broadcast["round"], broadcast["weights"], **more)
 
     def train(self, chunk: Chunk, broadcast: Mapping[str, Any]) -> Answer:
         """Trains a chunk and prepares what it contributes: its rows, or their weighted sum, and new client state."""

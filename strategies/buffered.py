@@ -55,5 +55,5 @@ class FedBuff(Strategy):
     composes_with = "any correction, plug-ins and server optimiser; devices say how long clients take"
 
     def __init__(self, concurrency: Count = 20, exponent: NonNegative = 0.5, lr: Positive = 1.0, **parts: Any):
-        super().__init__(**{"aggregator": Buffered(exponent), "server_optimizer": SGD(lr), **parts})
         self.concurrency = concurrency
+        super().__init__(**{"aggregator": Buffered(exponent), "server_optimizer": SGD(lr), **parts})

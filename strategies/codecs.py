@@ -104,6 +104,15 @@ def finite(rows: Tensor) -> Tensor:
     return rows.abs().amax(dim=1).isfinite() if rows.shape[1] else torch.ones(len(rows), dtype=torch.bool)
 
 
+def norms(rows: Tensor, order: int) -> Tensor:
+    """The norm of each row ``[k, d]``, of order 1 or 2: ``float64 [k, 1]``.
+
+    Row by row, since the order in which a block is added up may depend on its size.
+    """
+    found = [torch.linalg.vector_norm(row, order, dtype=torch.float64) for row in rows]
+    return torch.stack(found)[:, None] if found else torch.zeros(0, 1, dtype=torch.float64)
+
+
 def few_rows(rows: Tensor) -> list[slice]:
     """A block's rows ``[k, d]`` in parts that fit into the processor's cache."""
     step = max(1, _AT_ONCE // max(1, rows.shape[1]))

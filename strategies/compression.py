@@ -1,4 +1,4 @@
-"""Codecs that send few bits a coordinate: levels between -s and s, and signs."""
+"""Compression: codecs that round to few levels here, and all others by name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from strategies.codecs import Codec, Generators, Groups, few_rows
+from strategies.codecs import Codec, Generators, Groups, few_rows, norms
 from strategies.error_feedback import Downlink, ErrorFeedback
 from strategies.packing import pack, packed_size, unpack
+from strategies.signs import Sign
 from strategies.sparsification import RandomK, TopK
 
 __all__ = ["QSGD", "Codec", "Downlink", "ErrorFeedback", "Quantize", "RandomK", "Sign", "TopK"]
@@ -190,62 +191,7 @@ class QSGD(_Levels):
         return self.intervals.bit_length()
 
     def scales(self, rows: Tensor) -> Tensor:
-        return _upwards(_norms(rows, 2))
-
-
-@dataclass(frozen=True)
-class Sign(Codec):
-    """Sends one bit a coordinate, the sign; that of zero is +1.
-
-    Scaled, ``mean|v| sgn(v)`` arrives: ``||v - Q(v)||^2 = ||v||^2 - ||v||_1^2 / d <= (1 - 1/d) ||v||^2``, a contraction
-    (Karimireddy et al. 2019, "Error feedback fixes signSGD"), and biased. Not scaled, -1 and 1 arrive, whatever the
-    size of ``v``: neither unbiased nor a contraction, and what the aggregator ``sign_majority`` counts as votes
-    (Bernstein et al. 2019, "signSGD with majority vote"); give the server a learning rate then.
-
-    A payload is ``ceil(d / 8)`` bytes, and 4 more for the scale. Keeps nothing.
-
-    Args:
-        scaled: whether signs are multiplied by the mean of ``|v|``.
-    """
-
-    scaled: bool = True
-
-    @property
-    def contraction(self) -> bool:  # type: ignore[override]
-        return self.scaled
-
-    def payload_size(self, size: int) -> int:
-        """``ceil(size / 8)``, and 4 for the scale: how many bytes a row takes."""
-        return _SCALE.itemsize * self.scaled + packed_size(size, 1)
-
-    def encode(self, row: Tensor, generator: torch.Generator) -> bytes:
-        scale = self._scales(row[None])[0]
-        bits = pack((row >= 0).numpy(), 1)
-        if self.scaled:
-            return scale.numpy().astype(_SCALE).tobytes() + bits
-        # One bit cannot say that there is no sign; nothing at all says so.
-        return bits if bool(scale.isfinite()) else b""
-
-    def decode(self, payload: bytes, size: int) -> Tensor:
-        if len(payload) < self.payload_size(size):
-            return torch.full((size,), torch.nan, dtype=torch.float32)
-        head = _SCALE.itemsize * self.scaled
-        scale = float(np.frombuffer(payload[:head], _SCALE)[0]) if self.scaled else 1.0
-        bits = torch.from_numpy(unpack(payload[head:], 1, size))
-        return _signs(bits, torch.tensor([scale], dtype=torch.float32))
-
-    def transmit(self, rows: Tensor, generators: Generators, groups: Groups | None = None) -> tuple[Tensor, Tensor]:
-        arrived = torch.empty_like(rows)
-        for few in few_rows(rows):
-            arrived[few] = _signs(rows[few] >= 0, self._scales(rows[few]))
-        return arrived, torch.full((len(rows),), self.payload_size(rows.shape[1]), dtype=torch.int64)
-
-    def _scales(self, rows: Tensor) -> Tensor:
-        """What signs are multiplied by, ``float32 [k, 1]``; NaN where a row is not finite."""
-        sums = _norms(rows, 1)
-        means = (sums / max(1, rows.shape[1])).to(torch.float32)
-        scales = means if self.scaled else torch.ones_like(means)
-        return scales.masked_fill(~means.isfinite(), torch.nan)
+        return _upwards(norms(rows, 2))
 
 
 def uniforms(size: int, generators: Generators) -> Tensor:
@@ -264,24 +210,8 @@ def uniforms(size: int, generators: Generators) -> Tensor:
     return drawn
 
 
-def _signs(positive: Tensor, scale: Tensor) -> Tensor:
-    """``scale`` where ``positive``, and else ``-scale``; zero is 0.0 and not -0.0."""
-    signs = positive.to(torch.float32)
-    signs *= 2
-    signs -= 1
-    signs *= scale
-    signs += 0.0
-    return signs
-
-
 def _grouped(groups: Groups | None, size: int) -> Groups:
     return [slice(0, size)] if groups is None else groups
-
-
-def _norms(rows: Tensor, order: int) -> Tensor:
-    """``float64 [k, 1]``. Row by row, since the order in which a block is added up may depend on its size."""
-    norms = [torch.linalg.vector_norm(row, order, dtype=torch.float64) for row in rows]
-    return torch.stack(norms)[:, None] if norms else torch.zeros(0, 1, dtype=torch.float64)
 
 
 def _upwards(scales: Tensor) -> Tensor:

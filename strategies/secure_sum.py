@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,26 +92,19 @@ class SecureSum(Plugin):
                 f"plugins.secure_sum.max_weight: {strategy.aggregator!r} weighs clients by their losses, of which none"
                 " is the largest; give the largest weight that a client may have"
             )
-        return [*lines, *self._waits(strategy)]
-
-    @staticmethod
-    def _waits(strategy: Any) -> list[str]:
-        if strategy.concurrency is None:
-            return []
-        return [
-            "plugins.secure_sum: clients that do not wait for one another have no cohort whose masks would cancel;"
-            " leave it out, or use a strategy with rounds"
-        ]
+        if strategy.concurrency is not None:
+            lines.append(
+                "plugins.secure_sum: clients that do not wait for one another have no cohort whose masks would cancel;"
+                " leave it out, or use a strategy with rounds"
+            )
+        return lines
 
     def init(self, ctx: Context) -> State:
-        problems = self._waits(ctx.strategy)
         if ctx.recipe is not None and ctx.recipe.batch_norm == "share_all":
-            problems.append(
+            raise RequestError(
                 'client.batch_norm: "share_all" sends batch norm\'s statistics weighted in the clear, and secure_sum'
                 ' hides the weights; give "share_affine" or "local", or leave secure_sum out'
             )
-        if problems:
-            raise RequestError(problems)
         return {"max_weight": torch.tensor(self._largest(ctx), dtype=torch.float64)}
 
     def _largest(self, ctx: Context) -> float:
@@ -120,6 +114,8 @@ class SecureSum(Plugin):
         client = Updates(row, 0 * one, most * one, one, one.to(torch.float64))
         try:
             known = float(rule.prepare(client, ctx).weights)
+            if not 0 < known < math.inf:
+                raise ValueError(f"{known:g} for {most} examples")
         except Exception as error:
             if self.max_weight is not None:
                 return self.max_weight
@@ -184,7 +180,7 @@ class SecureSum(Plugin):
 
     def _near(self, ids: np.ndarray, cohort: np.ndarray, ctx: Context) -> np.ndarray:
         """``int64 [k, degree]`` ids of the clients' neighbours."""
-        degree = self.neighbors or max(20, 2 * int(np.ceil(np.log2(len(cohort)))))
+        degree = self.neighbors or max(20, 2 * math.ceil(math.log2(len(cohort))))
         draws = ctx.uniform("graph", cohort)[:, 0].numpy()
         return cohort[masking.neighbors(draws, degree, np.searchsorted(cohort, ids))]
 

@@ -105,8 +105,9 @@ class Strategy:
     def with_parts(self, **parts: Any) -> Strategy:
         """The same composition with some parts replaced; a plain :class:`Strategy`."""
         mine = {name: getattr(self, name) for name in _PARTS}
-        made = Strategy(**{**mine, **{name: part for name, part in parts.items() if part is not None}})
-        made.concurrency = self.concurrency
+        made = Strategy.__new__(Strategy)
+        made.concurrency = self.concurrency  # known when the parts are held against one another
+        Strategy.__init__(made, **{**mine, **{name: part for name, part in parts.items() if part is not None}})
         return made
 
     def __eq__(self, other: object) -> bool:

@@ -230,7 +230,10 @@ def test_clients_metrics_with_noise_have_an_epsilon_and_no_client_s_own(tmp_path
 
 @pytest.mark.slow
 def test_accuracy_against_noise(tmp_path):
-    """Softmax regression, 100 IID clients, q = 0.2, 50 rounds, C = 1: an independent implementation's means of 3."""
+    """Softmax regression, 100 IID clients, q = 0.2, 50 rounds, C = 1: an independent implementation's means of 3.
+
+    Its learning rate is not known; at this one nearly every update is clipped, so that it does not matter.
+    """
     expected = {0.0: 0.956, 0.5: 0.959, 1.0: 0.956, 2.0: 0.934, 4.0: 0.806}
     epsilons = {0.5: 28.56, 1.0: 7.07, 2.0: 2.36, 4.0: 0.94}
     found = {}
@@ -242,7 +245,7 @@ def test_accuracy_against_noise(tmp_path):
                 "seed": seed,
                 "data": {"partition": "iid", "proxy": 0, "test_fraction": 297 / 1797},
                 "model": "logistic",
-                "client": {"lr": 0.5, "epochs": 5},
+                "client": {"lr": 2.0, "epochs": 5, "regularization": {"l2": 0.0}},
                 "strategy": {"name": "dpfedavg", "fraction": 0.2, "noise_multiplier": z, "delta": 1e-3},
             }
             result = fedsim.run(fedsim.Experiment(**settings), out=tmp_path / f"{z}-{seed}")

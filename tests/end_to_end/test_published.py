@@ -15,6 +15,7 @@ from tests.end_to_end.commands import fedsim, interrupt_after, query, run, start
 
 PACKAGE = Path(__file__).resolve().parents[2] / "examples" / "fedsim_extras"
 SETTINGS = (
+    *("--set", "rounds=20", "--set", "client.epochs=2"),
     *("--set", "strategy=steady_avg", "--set", "strategy.beta=0.5", "--set", "strategy.strength=0.8"),
     *("--set", 'checks=["layer_norms"]'),
 )
@@ -51,28 +52,24 @@ def installed(tmp_path_factory):
 def whole(tmp_path_factory):
     """A run that nothing interrupts, and its directory."""
     folder = tmp_path_factory.mktemp("whole")
-    return run(folder, "--out", "run", "--engine", "inline", "--set", "rounds=30", *SETTINGS), folder / "run"
+    return run(folder, "--out", "run", "--engine", "inline", *SETTINGS), folder / "run"
 
 
-@pytest.mark.parametrize(
-    ("kind", "line"),
-    [
-        ("plugins", "agreement(strength=0.5)"),
-        ("strategies", "steady_avg(beta=0.9, strength=0.5)"),
-        ("aggregators", "steady_mean(beta=0.9)"),
-        ("checks", "layer_norms(largest=None)"),
-    ],
-)
-def test_it_is_listed_by_name_with_its_settings(kind, line, tmp_path):
-    code, out, _ = fedsim(tmp_path, "list", kind)
+def test_they_are_listed_by_name_with_their_settings(tmp_path):
+    code, out, _ = fedsim(tmp_path, "list")
     assert code == 0
-    assert line in out
+    listed = (
+        "agreement(strength=0.5)",
+        "steady_avg(beta=0.9, strength=0.5)",
+        "steady_mean(beta=0.9)",
+        "layer_norms(largest=None)",
+    )
+    assert set(listed) <= {line.strip() for line in out.splitlines()}
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (("strategy=steady_avg", "strategy.beta=1.5"), "strategy.beta: 1.5 "),
         (("strategy=steady_avg", "strategy.bta=0.5"), "strategy.bta: unknown key; .*did you mean 'beta'?"),
         (('plugins=[{name = "agreement", strength = "much"}]',), "plugins.agreement.strength: 'much' "),
         (("strategy.aggregator=steddy_mean",), "unknown aggregator 'steddy_mean'; .*did you mean 'steady_mean'?"),
@@ -88,35 +85,32 @@ def test_wrong_settings_are_refused_in_one_line(settings, said, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_every_engine_gives_the_same_bits(whole, tmp_path):
-    result, _ = whole
-    other = run(tmp_path, "--engine", "processes", "--workers", "2", "--set", "rounds=30", *SETTINGS)
-    assert other["weights_sha256"] == result["weights_sha256"]
-    assert result["checks"] == other["checks"]
-
-
 def test_it_does_what_it_says(whole):
     result, directory = whole
-    assert result["accuracy"] > 0.8
-    assert result["bytes_down"] == 30 * 10 * 2 * 4 * result["parameters"] + 0
-    firsts = query(directory, "SELECT DISTINCT json_extract(info, '$.agreement') FROM clients WHERE round = 1")
-    laters = query(directory, "SELECT json_extract(info, '$.agreement') FROM clients WHERE round > 1")
-    assert firsts == [(1.0,)]
-    assert all(0 <= value < 1 for (value,) in laters)
-    assert len({value for (value,) in laters}) > 100
+    assert result["bytes_down"] == 20 * 10 * 2 * 4 * result["parameters"]  # the weights and the last aggregate
+    assert 0 < result["checks"]["layer_norms"]["largest_norm"] < result["checks"]["layer_norms"]["norm"]
+    agreement = "SELECT json_extract(info, '$.agreement') FROM clients WHERE round "
+    assert {value for (value,) in query(directory, agreement + "= 1")} == {1.0}
+    later = [value for (value,) in query(directory, agreement + "> 1")]
+    assert all(0 <= value < 1 for value in later)
+    assert len(set(later)) > 50
 
 
-def test_killed_it_ends_in_the_same_bits(whole, tmp_path):
+def test_killed_on_another_engine_it_ends_in_the_same_bits(whole, tmp_path):
     result, _ = whole
-    arguments = ("--out", "run", "--engine", "processes", "--workers", "2", "--set", "rounds=30", *SETTINGS)
+    arguments = ("--out", "run", "--engine", "processes", "--workers", "2", *SETTINGS)
     process = start(tmp_path, "run", "--quiet", *arguments)
-    assert interrupt_after(process, tmp_path / "run", 7)
+    assert interrupt_after(process, tmp_path / "run", 4)
     process.communicate()
-    assert run(tmp_path, *arguments, "--resume")["weights_sha256"] == result["weights_sha256"]
+    resumed = run(tmp_path, *arguments, "--resume")
+    assert resumed["weights_sha256"] == result["weights_sha256"]
+    assert resumed["checks"] == result["checks"]
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_ends_with_exit_3(tmp_path):
     limit = ("--set", 'checks=[{name = "layer_norms", largest = 0.01}]')
-    code, _, err = fedsim(tmp_path, "run", "--quiet", "--set", "rounds=1", *limit)
+    code, _, err = fedsim(tmp_path, "run", "--quiet", "--out", "run", "--set", "rounds=1", *limit)
     assert code == 3
-    assert "above 0.01" in err
+    assert "check failed: layer_norms" in err
+    assert "above 0.01" in "".join(text for (text,) in query(tmp_path / "run", "SELECT message FROM events"))

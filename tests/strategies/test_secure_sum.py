@@ -349,6 +349,11 @@ def test_what_goes_with_it_is_not():
     QFedAvg(plugins=[SecureSum(max_weight=50.0)])
 
 
+class Nothing(Aggregator):
+    def prepare(self, u, ctx):
+        return u.replace(weights=0 * u.weights)
+
+
 class Guesses(Aggregator):
     def prepare(self, u, ctx):
         return u.replace(weights=u.sends["loss"])
@@ -358,13 +363,20 @@ class Guesses(Aggregator):
     ("strategy", "said"),
     [
         (FedAvg(plugins=[SecureSum(max_weight=9.0)]), "9 is less than the 10 of a client with 10 examples; give at"),
+        (Strategy(aggregator=Nothing(), plugins=[SecureSum()]), "not known before they train .*0 for 10 examples"),
         (Strategy(aggregator=Guesses(), plugins=[SecureSum()]), "not known before they train.*give the largest"),
-        (FedBuff(plugins=[SecureSum()]), "do not wait for one another have no cohort"),
     ],
 )
 def test_what_only_a_run_can_tell_is_refused_before_its_first_round(strategy, said):
     with pytest.raises(RequestError, match=said):
         strategy.init(ctx_of(range(3), 2))
+
+
+def test_clients_that_do_not_wait_for_one_another_are_refused():
+    with pytest.raises(RequestError, match="do not wait for one another have no cohort"):
+        FedBuff(plugins=[SecureSum()])
+    with pytest.raises(RequestError, match="do not wait for one another have no cohort"):
+        FedBuff().with_parts(plugins=(SecureSum(),))
 
 
 def test_shared_statistics_of_batch_norm_are_refused():
