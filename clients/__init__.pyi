@@ -5,6 +5,7 @@ from . import normalization as normalization
 from . import randomness as randomness
 from . import regularization as regularization
 from .errors import ClientError, FedsimError, RequestError, RunError
+from .flower_app import client_app, initial_arrays
 from .hooks import ClientData, Correction, LocalContext, LocalTraining, Variables
 from .initialization import initialize
 from .normalization import recalibrate, replace_batch_norm
@@ -40,7 +41,9 @@ __all__ = [
     "Variables",
     "calls",
     "catalog",
+    "client_app",
     "errors",
+    "initial_arrays",
     "initialize",
     "normalization",
     "randomness",

@@ -67,7 +67,7 @@ class Layout:
         double = any(parameter.dtype == torch.float64 for _, parameter in shared + kept)
         dtype = torch.float64 if double else torch.float32
         self._fill(_slots(shared), dtype)
-        self.personal = Layout._of(_slots(kept), dtype)
+        self.personal = Layout.of(_slots(kept), dtype)
 
     def _fill(self, slots: tuple[Slot, ...], dtype: torch.dtype) -> None:
         self.slots = slots
@@ -75,7 +75,8 @@ class Layout:
         self.size = sum(slot.size for slot in slots)
 
     @classmethod
-    def _of(cls, slots: tuple[Slot, ...], dtype: torch.dtype) -> Layout:
+    def of(cls, slots: tuple[Slot, ...], dtype: torch.dtype) -> Layout:
+        """A layout of these slots, without a model; nothing is personal."""
         made = cls.__new__(cls)
         made._fill(slots, dtype)
         return made
@@ -89,7 +90,7 @@ class Layout:
     def all(self) -> Layout:
         """The training layout: the shared parameters, then the personal ones, in one row."""
         moved = [Slot(s.name, s.shape, s.dtype, s.start + self.size) for s in self.personal.slots]
-        return Layout._of((*self.slots, *moved), self.dtype)
+        return Layout.of((*self.slots, *moved), self.dtype)
 
     @property
     def shapes(self) -> dict[str, list[int]]:

@@ -21,6 +21,7 @@ from clients import catalog
 from clients.errors import RequestError
 from clients.local_state import put_unshared, unshared
 from clients.transfer import frozen_size
+from clients.updates import Updates
 from clients.weights import Layout
 from fedsim import checking
 from fedsim.assembly import Assembly, assemble, choose_engine, make_engine, multiply_adds
@@ -245,12 +246,12 @@ def plan(
         few = setup.population.trainable[: stack_size if setup.stacked else 1]
         trainer.train(few[:2], weights, 1)  # warms up
         begun = time.perf_counter()
-        trainer.train(few, weights, 1)
+        trained = trainer.train(few, weights, 1)
         each = (time.perf_counter() - begun) / len(few)
+        up, down = _bytes_of_client(setup, trained.updates, weights)
     count = experiment.engine.workers or cores()
     parallel = 1 if chosen == "inline" else min(count, -(-cohort // stack_size))
     block = layout.all.size * layout.dtype.itemsize
-    shared = setup.shared_statistics.size if setup.shared_statistics is not None else 0
     rows = block * cohort if setup.strategy.aggregator.needs == "rows" else 2 * 8 * layout.size * parallel
     return {
         "experiment": experiment.resolved(),
@@ -264,8 +265,8 @@ def plan(
         "clients": setup.population.clients,
         "clients_per_round": cohort,
         "clients_per_chunk": stack_size,
-        "bytes_up_per_round": cohort * ((layout.size + shared) * layout.dtype.itemsize + 8),
-        "bytes_down_per_round": cohort * (layout.size + shared) * layout.dtype.itemsize,
+        "bytes_up_per_round": round(cohort * up),
+        "bytes_down_per_round": cohort * down,
         "bytes_saved_per_round": 2 * cohort * setup.unsent * layout.dtype.itemsize,
         "malicious_clients": sum(len(group.clients) for group in setup.malicious),
         "megabytes_of_weights": (rows + block * stack_size * (2 + len(setup.optimizer.state)) * parallel) / 1e6,
@@ -273,6 +274,23 @@ def plan(
         "multiply_adds": multiply_adds(assembly),
         "epsilon": _foreseen_epsilon(setup, cohort),
     }
+
+
+def _bytes_of_client(setup: Setup, u: Updates, weights: Tensor) -> tuple[float, int]:
+    """What a client sends, on average, and what it is sent, in bytes; ``u`` are updates of the first round."""
+    strategy, ctx = setup.strategy, setup.context(1, weights, cohort=u.clients)
+    state = strategy.init(setup.context(0, weights))
+    kept = {name: u.rows.new_zeros(len(u), width) for name, width in strategy.client_state(ctx).items()}
+    sent = strategy.broadcast(state)
+    up = torch.zeros(1)
+    if len(u):
+        u, _ = strategy.contribute(u, sent, kept, ctx, receive=False)
+        assert u.nbytes is not None
+        up = u.nbytes
+    down = strategy.down(state, ctx)[1] + sum(value.nbytes for value in sent.values())
+    if setup.shared_statistics is not None:
+        down += setup.shared_statistics.kept_size * weights.element_size()
+    return float(up.double().mean()), down
 
 
 def _foreseen_epsilon(setup: Setup, cohort: int) -> float | None:

@@ -20,6 +20,11 @@ from strategies.sampling import Fixed, Sampling
 from strategies.server_optimizers import SGD, ServerOptimizer
 
 if TYPE_CHECKING:
+    from flwr.app import ArrayRecord
+    from flwr.serverapp import Grid
+    from flwr.serverapp.strategy import Result
+
+    from strategies.client_hooks import ClientHooks
     from strategies.guarantees import Guarantee
 
 State = dict[str, Any]
@@ -171,6 +176,21 @@ class Strategy:
         """The differential privacy of a run over so many clients that can be trained, and so many rounds."""
         found = [plugin.guarantee(self, clients, rounds) for plugin in self.plugins]
         return next((guarantee for guarantee in found if guarantee is not None), None)
+
+    # On a Flower grid.
+
+    @property
+    def client_hooks(self) -> ClientHooks:
+        """Its half on the clients of a Flower app: ``clients.client_app(..., hooks=strategy)``."""
+        from strategies.client_hooks import ClientHooks  # takes flwr, which takes a second
+
+        return ClientHooks(self)
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, **options: Any) -> Result:
+        """Runs by messages on a Flower grid, see :func:`strategies.flower.start`."""
+        from strategies.flower import start
+
+        return start(self, grid, initial_arrays, num_rounds, **options)
 
     # The worker's half.
 
