@@ -5,6 +5,7 @@ from . import data as data
 from . import engines as engines
 from .data import Partition, Source
 from .experiment import Experiment
+from .flower import simulate
 from .records import Event, RoundRecord
 from .running import Result, plan, rounds, run
 from .runs import Run, load
@@ -26,5 +27,6 @@ __all__ = [
     "plan",
     "rounds",
     "run",
+    "simulate",
     "strategies",
 ]

@@ -169,6 +169,59 @@ def _resume_command(file: Path | None, sets: Sequence[str], out: Path | None) ->
 
 
 @app.command()
+def simulate(
+    app_dir: Annotated[
+        Path,
+        typer.Argument(
+            metavar="[APP_DIR]",
+            help="A Flower app's folder, with its pyproject.toml. Left out: this one.",
+            show_default=False,
+        ),
+    ] = Path("."),
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-c",
+            "--run-config",
+            metavar='"key=value ..."',
+            help="Change keys of the app's configuration; values are TOML. Or a TOML file.",
+        ),
+    ] = None,
+    supernodes: Annotated[
+        str | None, typer.Option("--num-supernodes", metavar="N", help="How many clients; else what the app says.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(metavar="NAME", help="auto, inline or processes.")] = None,
+    workers: Annotated[str | None, typer.Option(metavar="N", help="How many workers.")] = None,
+    seed: Annotated[str | None, typer.Option(metavar="S", help="Seeds the random generators; else 0.")] = None,
+    client_timeout: Annotated[
+        str | None, typer.Option("--client-timeout", metavar="SECONDS", help="A client that takes longer has failed.")
+    ] = None,
+    dropout: Annotated[
+        str | None, typer.Option(metavar="P", help="The probability that a client does not answer a message.")
+    ] = None,
+    out: _Out = None,
+    as_json: _Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress, and of Flower's log only errors.")] = False,
+) -> int:
+    """Run a Flower app as it is, without Ray, SuperLink or network."""
+    from fedsim.flower import command
+
+    request = command.read(
+        app_dir, config or [], supernodes, engine or "auto", workers, seed or "0", client_timeout, dropout or "0", out
+    )
+    with _stdout_kept_for_results(as_json):
+        try:
+            summary = command.simulate(request, quiet)
+        except KeyboardInterrupt as error:
+            return _failed(INTERRUPTED, [str(error) or "interrupted"])
+    if as_json:
+        _print_json(summary)
+    else:
+        print("\n".join(command.lines(summary)))
+    return DONE
+
+
+@app.command()
 def new(
     name: Annotated[Path | None, typer.Argument(metavar="[NAME]", help="The file; my.py or my.toml.")] = None,
     task: Annotated[

@@ -115,8 +115,7 @@ class Facts:
     @cached_property
     def splits(self) -> list[str]:
         """The splits that were evaluated, test first."""
-        known = {key.removesuffix("_loss") for row in self.rounds for key in row if key.endswith("_loss")}
-        known -= {"train", ATTACK}
+        known = {row["split"] for row in self.run.query("SELECT DISTINCT split FROM metrics")} - {ATTACK}
         return sorted(known, key=lambda split: (_SPLITS.index(split) if split in _SPLITS else len(_SPLITS), split))
 
     @property

@@ -311,6 +311,8 @@ def experiment(facts: Facts) -> Html:
 
 def reproduction(facts: Facts) -> Html:
     """How to get the same bits again."""
+    if "again" in facts.run.manifest:
+        return _app_reproduction(facts)
     again = facts.directory.with_name(facts.directory.name + "-again")
     command = f"fedsim run {shlex.quote(str(facts.directory / 'experiment.toml'))} --out {shlex.quote(str(again))}"
     sha256 = (facts.run.summary or {}).get("weights_sha256")
@@ -332,10 +334,25 @@ def reproduction(facts: Facts) -> Html:
     )
 
 
+def _app_reproduction(facts: Facts) -> Html:
+    """The same of a Flower app, which is run from its own folder."""
+    sha256 = (facts.run.summary or {}).get("weights_sha256")
+    text = tag(
+        "p",
+        "With the app's files as they were (their SHA-256 stand below) and the versions below, an app that draws only "
+        "from generators that are seeded gives the same from every engine and any number of workers. ",
+        together("The final weights have the SHA-256 ", tag("code", sha256, class_="hash"), ".") if sha256 else None,
+    )
+    command = shlex.join(map(str, facts.run.manifest["again"]))
+    return together(text, code(command, f"Command that runs {facts.label} again"))
+
+
 def manifest(facts: Facts) -> Html:
     """Versions, machine and whatever else the manifest holds, in groups."""
     known = {
-        key: value for key, value in facts.run.manifest.items() if value not in ({}, [], None) and key != "command"
+        key: value
+        for key, value in facts.run.manifest.items()
+        if value not in ({}, [], None) and key not in ("command", "again")
     }
     groups = {key: value for key, value in known.items() if isinstance(value, dict)}
     single = {key: value for key, value in known.items() if key not in groups}

@@ -1,4 +1,4 @@
-"""Run the sides in turn and print their tables: ``python -m tests.benchmarks mlp50 mlp400 conv robust``."""
+"""Run the sides in turn and print their tables: ``python -m tests.benchmarks mlp50 mlp400 conv robust flower_apps``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks.sides import GROUPS, Side, SideError, run, sides
+from tests.benchmarks.sides import GROUPS, Side, SideError, app_sides, run, sides
 from tests.benchmarks.table import Timings, differences, table
 from tests.benchmarks.work import WORKS, Work, write_data
 
 #: The robust rules beside Flower's, a comparison in one process.
 ROBUST = "robust"
 
+#: A Flower app under fedsim's simulator and under Flower's, with every work.
+APPS = "flower_apps"
+
 
 def main() -> int:
     """Exit 0 if every side ran and did the same work, 1 otherwise (with the tables of those that ran)."""
     arguments = _arguments()
     rows = sides(arguments.only, arguments.processes)
+    compared = [(name, rows) for name in arguments.works if name not in (ROBUST, APPS)]
+    if APPS in arguments.works:
+        compared += [(name, app_sides(arguments.processes)) for name in WORKS]
     # A machine that is busy before it starts gives numbers of no worth: let whoever reads the table see it.
     load = f"load before the start {os.getloadavg()[0]:.1f}"
     print(f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {load}\n", flush=True)
@@ -30,8 +36,8 @@ def main() -> int:
 
         complaints += robust_side.differences()
         print(robust_side.table(arguments.repeat) + "\n", flush=True)
-    for name in (name for name in arguments.works if name != ROBUST):
-        timings, failures = _compare(WORKS[name], rows, arguments.repeat)
+    for name, shown in compared:
+        timings, failures = _compare(WORKS[name], shown, arguments.repeat)
         complaints += failures
         if timings:
             complaints += differences(WORKS[name], timings)
@@ -66,7 +72,8 @@ def _compare(work: Work, rows: list[Side], repeat: int) -> tuple[Timings, list[s
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("works", nargs="+", choices=[*WORKS, ROBUST], metavar="WORK", help=", ".join([*WORKS, ROBUST]))
+    words = [*WORKS, ROBUST, APPS]
+    parser.add_argument("works", nargs="+", choices=words, metavar="WORK", help=", ".join(words))
     parser.add_argument("--repeat", type=_count, default=3, help="times that every side runs, in turn (3)")
     parser.add_argument("--only", type=_groups, default=list(GROUPS), help=f"some of {','.join(GROUPS)}")
     parser.add_argument("--processes", type=_count, default=os.cpu_count(), help="processes a side (one a core)")

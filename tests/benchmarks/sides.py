@@ -39,7 +39,7 @@ class Side:
     """One row of the table.
 
     Attributes:
-        group: the name on the command line: fedsim, flower, loop or pfl.
+        group: the name on the command line: fedsim, flower, loop or pfl; simulate, a Flower app under fedsim.
         processes: processes that train.
     """
 
@@ -49,7 +49,13 @@ class Side:
     @property
     def label(self) -> str:
         """As it stands in the table."""
-        names = {"fedsim": "fedsim", "flower": "Flower run_simulation", "loop": "PyTorch loop", "pfl": "pfl-research"}
+        names = {
+            "fedsim": "fedsim",
+            "simulate": "fedsim.simulate",
+            "flower": "Flower run_simulation",
+            "loop": "PyTorch loop",
+            "pfl": "pfl-research",
+        }
         return names[self.group]
 
     def job(self, work: Work, data: Path) -> Job:
@@ -65,6 +71,11 @@ def sides(groups: list[str], processes: int) -> list[Side]:
     """The rows of the table: every group with all processes, and all but Flower with one as well."""
     counts = [processes, 1] if processes > 1 else [1]
     return [Side(group, count) for group in groups for count in (counts[:1] if group == "flower" else counts)]
+
+
+def app_sides(processes: int) -> list[Side]:
+    """The rows of the table of a Flower app: fedsim's simulator and Flower's."""
+    return [Side("simulate", processes), Side("flower", processes)]
 
 
 def run(side: Side, work: Work, data: Path) -> Timing:

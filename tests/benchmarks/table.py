@@ -10,6 +10,9 @@ from tests.benchmarks.work import STEPS, Timing, Work
 #: Sides draw their cohorts and orders anew, so their losses agree only roughly: to this fraction, and this amount.
 LOSS_TOLERANCE = (0.1, 0.02)
 
+#: fedsim's own sides, one of which is in a table.
+_OURS = ("fedsim", "simulate")
+
 Timings = dict[Side, list[Timing]]
 
 
@@ -17,7 +20,7 @@ def table(work: Work, timings: Timings) -> str:
     """The table of one work, a row for each side; ``timings`` holds a side's repetitions in the order they ran."""
     number = common_round(timings)
     header = ["", "processes", "clients/s", "per process", "ms a round", "fedsim is", f"loss in round {number}"]
-    rows = [_row(side, runs, timings.get(Side("fedsim", side.processes)), number) for side, runs in timings.items()]
+    rows = [_row(side, runs, _ours(side, timings), number) for side, runs in timings.items()]
     lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] + ["---:"] * 6, *rows)]
     return "\n".join([_title(work), "", *lines])
 
@@ -46,6 +49,11 @@ def differences(work: Work, timings: Timings) -> list[str]:
     return found
 
 
+def _ours(side: Side, timings: Timings) -> list[Timing] | None:
+    """What a rival is compared with: fedsim on as many processes."""
+    return next((timings[own] for group in _OURS if (own := Side(group, side.processes)) in timings), None)
+
+
 def _title(work: Work) -> str:
     shape = "x".join(str(size) for size in work.shape)
     return (
@@ -58,7 +66,7 @@ def _row(side: Side, runs: list[Timing], ours: list[Timing] | None, number: int)
     rates = [timing.rate for timing in runs]
     milliseconds = median(1000 * sum(timing.seconds) / len(timing.seconds) for timing in runs)
     ratio = ""
-    if ours is not None and side.group != "fedsim":
+    if ours is not None and side.group not in _OURS:
         # Each repetition's sides ran one after another: their ratio is less disturbed than that of the medians.
         ratio = _spread([own.rate / timing.rate for own, timing in zip(ours, runs, strict=True)], "x")
     loss = median(timing.losses[number - 1] for timing in runs)

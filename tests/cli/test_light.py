@@ -30,6 +30,8 @@ sys.exit(code)
         (["run", "--set", "strategy=fedavgg", "--set", "strategy.clients_per_round=1000"], 2),
         (["run", "nope.toml"], 2),
         (["report", "nope"], 2),
+        (["simulate", "--help"], 0),
+        (["simulate", "nope"], 2),
         (["export", "nope", "--format", "csv"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),

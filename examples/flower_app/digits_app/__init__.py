@@ -1,0 +1,1 @@
+"""A Flower app made of a fedsim strategy and a fedsim recipe."""

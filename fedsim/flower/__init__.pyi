@@ -1,0 +1,3 @@
+from .simulation import SimulationResult, simulate
+
+__all__ = ["SimulationResult", "simulate"]

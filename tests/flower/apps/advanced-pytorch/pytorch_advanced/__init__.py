@@ -1,0 +1,1 @@
+"""pytorch_advanced: a Flower app."""

@@ -1,0 +1,1 @@
+"""custom_mods: a Flower app."""

@@ -1,0 +1,1 @@
+"""legacyexample: a Flower app."""
