@@ -25,7 +25,7 @@ from fedsim.flower.worker import Chunk, Item, Reply
 
 _TARGET = 0.02  # seconds of work that a chunk of quick messages should hold
 _GRACE = 2.0  # seconds after its limit at which a worker that cannot be interrupted is ended
-_QUIET = 0.05  # seconds without another message after which a legacy server is taken to have sent all
+_QUIET = 0.5  # seconds without another message after which a legacy server is taken to have sent all
 _POLLS, _PATIENCE = 10, 10.0  # of a server app that asks for nodes and sleeps, times and seconds
 _SHOWN = 3  # tracebacks a phase
 

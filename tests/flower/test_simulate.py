@@ -166,6 +166,7 @@ def script(tmp_path: Path, lock: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_an_app_of_a_script_with_cached_functions_works_without_a_guard(tmp_path: Path):
     done = script(tmp_path, "None")
     assert done.stdout.strip() == "[10.0, 11.0, 12.0]", done.stderr
