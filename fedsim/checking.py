@@ -16,6 +16,7 @@ from fedsim.experiment import Experiment
 from fedsim.records import Event
 from fedsim.simulation import Simulation
 from strategies.checks.check import Check, Findings
+from strategies.strategy import Strategy
 
 CHECKS = "checks"
 
@@ -37,8 +38,8 @@ class Checked:
         return tuple(event.stage or "" for event in self.events)
 
 
-def build(experiment: Experiment) -> dict[str, Check]:
-    """Name -> check, in the experiment's order."""
+def build(experiment: Experiment, strategy: Strategy) -> dict[str, Check]:
+    """Name -> check, in the experiment's order; refuses those that do not go with the strategy."""
     made = {}
     for part in experiment.checks:
         key = f"checks.{part.name}"
@@ -48,6 +49,8 @@ def build(experiment: Experiment) -> dict[str, Check]:
         if name in made:
             raise RequestError(f"{key}: is given twice; give each check once")
         made[name] = check
+    if problems := [line for check in made.values() for line in check.fits(strategy)]:
+        raise RequestError(problems)
     return made
 
 

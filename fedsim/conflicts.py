@@ -194,6 +194,8 @@ def _privacy_conflicts(read: _Reader) -> Iterable[str]:
     if central or "localnoise" in named:
         kept, examples = read.get("client.batch_norm"), read.get("client.dp_sgd") is not None
         yield from against_noise(read.number("strategy.min_clients") if central else None, kept, examples)
+    if central:
+        yield from against_central_noise(read.get("client.stragglers"), _available(read.given.get("devices")))
 
 
 def against_noise(min_clients: int | None, batch_norm: str, dp_sgd: bool) -> Iterable[str]:
@@ -219,6 +221,30 @@ def against_noise(min_clients: int | None, batch_norm: str, dp_sgd: bool) -> Ite
             "client.dp_sgd: its epsilon is of examples, that of the strategy's noise of clients, and the ledger has"
             " one; leave one of them out"
         )
+
+
+def against_central_noise(stragglers: str, available: float) -> Iterable[str]:
+    """What lets one client decide who else is counted, one line a key.
+
+    Args:
+        stragglers: ``client.stragglers``.
+        available: ``devices.available``; 1 without devices.
+    """
+    if stragglers == "drop":
+        yield (
+            'client.stragglers: "drop" leaves out all who do less than one client does, so that one decides over'
+            ' others, which no noise covers; give "keep"'
+        )
+    if available < 1:
+        yield (
+            "devices.available: who is there follows from how long other clients took, and is not drawn by chance"
+            " alone; no epsilon of clients' noise covers that, leave it out"
+        )
+
+
+def _available(devices: Any) -> float:
+    found = devices.get("available", 1.0) if isinstance(devices, Mapping) else getattr(devices, "available", 1.0)
+    return found if isinstance(found, int | float) and not isinstance(found, bool) else 1.0
 
 
 def _root_conflicts(read: _Reader) -> Iterable[str]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from clients import catalog
 from clients.errors import RequestError
 from clients.parts import Part
-from fedsim.conflicts import against_noise
+from fedsim.conflicts import against_central_noise, against_noise
 from fedsim.experiment import Experiment
 from fedsim.worker import Setup
 from strategies.privacy import Noise
@@ -80,11 +80,14 @@ def _problems(experiment: Experiment, setup: Setup) -> Iterator[str]:
     central = next((plugin for plugin in setup.strategy.plugins if isinstance(plugin, Noise)), None)
     least = None if central is None else experiment.strategy.min_clients
     yield from against_noise(least, setup.recipe.batch_norm, setup.recipe.dp_sgd is not None)
-    devices = experiment.devices
-    if central is None or devices is None or central.amplification is False:
+    if central is None:
         return
-    if devices.available < 1 and setup.strategy.sampling.amplifies:
-        yield (
-            "devices.available: clients that are not always there are not drawn by chance alone, which amplification by"
-            " sampling rests on; set plugins.noise.amplification = false, or leave it out"
-        )
+    available = 1.0 if experiment.devices is None else experiment.devices.available
+    yield from against_central_noise(setup.recipe.stragglers, available)
+    for group in setup.malicious:
+        if group.crafts and getattr(group.attack, "sees_others", True):
+            yield (
+                f"attacks.{group.name}: its clients send what they make of others' updates, so that one honest client"
+                " is in several rows, which no epsilon counts; use an attack that knows its own update alone, or leave"
+                " noise out"
+            )

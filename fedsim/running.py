@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,9 @@ from strategies.checks.check import Check
 
 if TYPE_CHECKING:
     import pandas as pd
+
+#: Draws of clients that a plan makes to count participations.
+_COUNTED = 20_000_000
 
 Callback = Callable[[RoundRecord], Literal["stop"] | None]
 
@@ -152,7 +156,7 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(_one_thread())
         assembly, hired = _prepare(experiment, stack)
-        checks = checking.build(experiment)
+        checks = checking.build(experiment, assembly.setup.strategy)
         if directory is None:
             directory = first_free(RUNS, experiment.name)
         store = _open(directory, assembly, hired, going_on)
@@ -293,12 +297,21 @@ def _bytes_of_client(setup: Setup, u: Updates, weights: Tensor) -> tuple[float, 
     return float(up.double().mean()), down
 
 
+def _most_often(setup: Setup, cohort: int) -> int:
+    """In how many rounds the client takes part that is chosen most often; an estimate where counting takes too long."""
+    able, weights = setup.population.trainable, setup.layout.flatten(setup.model)
+    if setup.rounds * len(able) > _COUNTED or setup.strategy.concurrency is not None:
+        return -(-setup.rounds * cohort // len(able))
+    chosen = [setup.strategy.sampling.cohort(setup.context(number, weights)) for number in range(1, setup.rounds + 1)]
+    return int(np.bincount(np.concatenate(chosen).astype(np.int64), minlength=1).max(initial=0))
+
+
 def _foreseen_epsilon(setup: Setup, cohort: int) -> float | None:
     """What the client with the fewest examples will have spent, if it is chosen as often as may be expected."""
     dp, told = setup.recipe.dp_sgd, setup.guarantee
     sizes, able = setup.population.splits["train"].sizes, setup.population.trainable
     if told is not None:
-        often = setup.rounds if told.trust == "central" else -(-setup.rounds * cohort // len(able))
+        often = setup.rounds if told.trust == "central" else _most_often(setup, cohort)
         return min(told.spent(often), math.inf if told.budget is None else told.budget)
     if dp is None:
         return None
@@ -539,9 +552,24 @@ def _notes(under_way: _Run) -> list[str]:
     found = notes(under_way.assembly.setup, under_way.assembly.experiment.data.source.name)
     if under_way.stopped:
         found.append(f"{under_way.stopped} ended the run after round {under_way.simulation.round}.")
+    found += _metric_note(under_way)
     if under_way.stopped == "A callback" and under_way.assembly.setup.guarantee is not None:
         found.append("Epsilon does not cover what the callback looked at.")
     return found
+
+
+def _metric_note(under_way: _Run) -> list[str]:
+    """What noise on clients' metrics has cost."""
+    said = under_way.assembly.experiment.evaluation.noise
+    spent = [told["epsilon"] for told in under_way.metrics.values() if "epsilon" in told]
+    if said is None or not spent:
+        return []
+    delta = "1 / clients^1.1" if said.delta is None else f"{said.delta:g}"
+    return [
+        f"Clients' metrics got noise of multiplier {said.noise_multiplier:g}: their evaluations came to epsilon"
+        f" {max(spent):.4g} at delta {delta}, by client, replace one by nothing, central trust, beside what the weights"
+        " cost."
+    ]
 
 
 def sha256(row: Tensor) -> str:

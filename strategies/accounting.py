@@ -5,8 +5,8 @@ clipping norm C. Which neighbours a figure speaks of:
 
 - ``add or remove one``: one client more or less; the clipped sum moves by C. Poisson sampling, or none.
 - ``replace one``: one client's data become any other; the clipped sum moves by 2 C. Cohorts of a fixed size.
-- ``replace one by nothing``: one client sends zeros; the clipped sum moves by C. Cohorts of a fixed size, of which the
-  sampling earns nothing.
+- ``replace one by nothing``: one client is chosen and sends nothing; the clipped sum moves by C. Cohorts of a fixed
+  size, of which the sampling earns nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -412,7 +413,7 @@ def _below_one(delta: float) -> None:
 
 
 def _whole(value: int, name: str, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise RequestError(f"{name}: {value!r} is no whole number from {least}")
 
 

@@ -50,6 +50,11 @@ class Aggregator(Described):
         :meth:`sensitivity` says how far."""
         return "how far one client moves the result is not known"
 
+    @property
+    def largest_weight(self) -> float:
+        """What a client counts at most, where one client moves the result by so much and no more."""
+        return 1.0
+
     def sensitivity(self, bound: float, ctx: Context) -> float:
         """How far adding or removing one client, whose row has at most that norm, moves the result."""
         raise NotImplementedError
@@ -106,12 +111,14 @@ class Mean(Aggregator):
 
     def unbounded(self) -> str:
         if self.weighting == "examples":
-            return 'weights by examples have no largest one; give strategy.weighting = "uniform", or "capped" with cap'
+            return "weights by examples have no largest one"
         if self.divisor == "total":
-            return (
-                'it divides by who took part, which each client changes; give strategy.aggregator.divisor = "expected"'
-            )
+            return "it divides by who took part, which each client changes"
         return ""
+
+    @property
+    def largest_weight(self) -> float:
+        return float(self.cap or 1)
 
     def sensitivity(self, bound: float, ctx: Context) -> float:
         return bound / ctx.expected

@@ -206,7 +206,7 @@ class MessageStrategy(FlowerStrategy):
                 found[node.client], numbers[node.client] = u, said
             except Exception as error:  # what another machine sends may be wrong in any way
                 self._drop(server_round, node, f"{error}" if isinstance(error, ValueError) else first_line(error))
-        self._only_alike(server_round, found)
+        self._only_alike(found, ctx)
         metrics = pooled({client: numbers[client] for client in found})
         metrics["clients"], metrics["dropped"] = len(found), len(self._asked) - len(found)
         if (spent := self._epsilon(numbers.values(), ctx)) is not None:
@@ -309,17 +309,30 @@ class MessageStrategy(FlowerStrategy):
     def _moved(self, arrays: ArrayRecord) -> tuple[Tensor, dict[str, Tensor]]:
         return moved(arrays, self._sent, self._known), {}
 
-    def _only_alike(self, round: int, found: dict[int, Updates]) -> None:
-        """Drops the clients that send other statistics than most do, since these would not add."""
-        kinds = {
-            client: tuple(sorted((name, tuple(value.shape)) for name, value in u.sends.items()))
-            for client, u in found.items()
-        }
-        if len(set(kinds.values())) > 1:
+    def _only_alike(self, found: dict[int, Updates], ctx: Context) -> None:
+        """Drops the clients that send other statistics than most do, since these would not add.
+
+        Under noise it is the strategy that says what is sent: no client may decide whether another is counted.
+        """
+        kinds = {client: _kind(u) for client, u in found.items()}
+        if self.strategy.noised and found:
+            usual = _kind(self._example(ctx))
+        elif len(set(kinds.values())) > 1:
             usual = Counter(kinds[client] for client in sorted(kinds)).most_common(1)[0][0]
-            for client in [client for client, kind in kinds.items() if kind != usual]:
-                self._drop(round, self.roll.nodes[client], f"it sends {kinds[client]} where most send {usual}")
-                del found[client]
+        else:
+            return
+        for client in [client for client, kind in kinds.items() if kind != usual]:
+            told = f"it sends {kinds[client]} and not {usual}, as it should"
+            self._drop(ctx.round, self.roll.nodes[client], told)
+            del found[client]
+
+    def _example(self, ctx: Context) -> Updates:
+        """What arrives of a client that has not moved."""
+        assert self.state is not None
+        one, row = torch.ones(1, dtype=torch.int64), torch.zeros(1, len(ctx.weights), dtype=ctx.weights.dtype)
+        u = Updates(row, torch.tensor([min(self.roll.nodes)]), one, one, one.to(torch.float64))
+        kept = {name: row.new_zeros(1, size) for name, size in self.strategy.client_state(ctx).items()}
+        return self.strategy.contribute(u, self.strategy.broadcast(self.state), kept, ctx)[0]
 
     # ------------------------------------------------------------------------------------------ evaluation
 
@@ -457,3 +470,8 @@ def _refuse(strategy: Strategy) -> None:
             "strategy: it takes a step whenever some clients have answered, and Flower's rounds wait for all; use"
             " fedsim.run, or a strategy with rounds"
         )
+
+
+def _kind(u: Updates) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Names and shapes of the statistics that are sent beside."""
+    return tuple(sorted((name, tuple(value.shape)) for name, value in u.sends.items()))

@@ -71,7 +71,7 @@ class Guarantee:
             "relation": self.relation,
             "trust": self.trust,
             "delta": self.delta,
-            "accountant": "analytic" if self.trust == "local" else self.accountant,
+            "accountant": self._accountant,
             "noise_multiplier": self.noise_multiplier,
             "covers": self.covers,
         }
@@ -89,6 +89,12 @@ class Guarantee:
             f"{whose}by {self.unit}, {self.relation}, {self.trust} trust, delta {self.delta:g}, {self._method()}; it"
             f" covers {self.covers}."
         )
+
+    @property
+    def _accountant(self) -> str:
+        if self.trust == "local":
+            return "analytic"
+        return "rdp" if self.relation == "replace one" else self.accountant  # of which only that bound is known
 
     def _method(self) -> str:
         if self.trust == "local":

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from clients.errors import RequestError
+import torch
+
+from clients.errors import FedsimError, RequestError
 from clients.hooks import Correction
+from clients.updates import Updates
 from strategies import accounting
+from strategies.context import Context
 from strategies.guarantees import Guarantee
 from strategies.privacy import AdaptiveClip, LocalNoise, Noise
 from strategies.sampling import All, Fixed
@@ -75,11 +79,48 @@ def _unclipped(noise: Noise, strategy: Any) -> Iterator[str]:
             " client's honesty; leave secure_sum out, or use local_noise"
         )
     why = strategy.aggregator.unbounded()
+    if not why and not _vouched(strategy.aggregator, "unbounded", "combine"):
+        why = "its own combine is not what unbounded() speaks of; give it unbounded() and sensitivity() of its own"
     if why:
         yield (
-            f"strategy.aggregator: noise must know how far one client moves {strategy.aggregator!r}: {why}; or name the"
-            " strategy dpfedavg"
+            f"strategy.aggregator: noise must know how far one client moves {strategy.aggregator!r}: {why}. What noise"
+            ' goes with is strategy.aggregator = {name = "mean", weighting = "uniform", divisor = "expected"}, without'
+            " strategy.weighting, which dpfedavg has"
         )
+
+
+def _vouched(part: Any, claim: str, *uses: str) -> bool:
+    """Whether what a class says of itself was said where, or after, what it speaks of was last written."""
+    order = type(part).__mro__
+
+    def place(name: str) -> int:
+        return next(i for i, kind in enumerate(order) if name in vars(kind))
+
+    return all(place(claim) <= place(use) for use in uses)
+
+
+def amplifies(sampling: Any) -> bool:
+    """Whether every client takes part by a coin of its own, which its class must say where it draws the cohort."""
+    return bool(sampling.amplifies) and _vouched(sampling, "amplifies", "cohort")
+
+
+def _is_fixed(sampling: Any) -> bool:
+    return isinstance(sampling, Fixed) and _vouched(sampling, "size", "cohort")
+
+
+def raw_weights(ctx: Context) -> bool:
+    """Whether an aggregator's ``prepare`` gives away more of an update than its row, which local noise hides."""
+    examples = torch.tensor([3, 50])
+    one = torch.ones(2, dtype=torch.int64)
+    rows = torch.randn(2, len(ctx.weights), generator=torch.Generator().manual_seed(0)).to(ctx.weights.dtype)
+    u = Updates(rows, torch.tensor([0, 1]), examples, one, one.to(torch.float64))
+    try:
+        told = [
+            ctx.strategy.aggregator.prepare(u.replace(rows=rows), ctx) for rows in (u.rows, 0 * u.rows, -7 * u.rows)
+        ]
+    except FedsimError:
+        return True
+    return any(t.sends or not torch.equal(t.weights, told[0].weights) for t in told)
 
 
 def _sent_beside(strategy: Any) -> Iterator[str]:
@@ -112,9 +153,9 @@ def _beside(noise: Noise, strategy: Any) -> Iterator[str]:
 
 def _unaccounted(noise: Noise, strategy: Any) -> Iterator[str]:
     sampling = strategy.sampling
-    if noise.amplification and not (sampling.amplifies or isinstance(sampling, All)):
-        if not isinstance(sampling, Fixed):
-            why = f"{sampling!r} says of itself that it does not amplify"
+    if noise.amplification and not (amplifies(sampling) or isinstance(sampling, All)):
+        if not _is_fixed(sampling):
+            why = f"{sampling!r} is not known to draw every client by a coin of its own"
         elif noise.accountant == "pld":
             why = "for cohorts of fixed size there is no such bound by pld"
         else:
@@ -128,6 +169,8 @@ def delta(given: float | None, clients: int, key: str) -> float:
     Raises:
         RequestError: for what is no less than 1 / clients, which would allow to give one client away.
     """
+    if clients < 2:
+        raise RequestError(f"{key}: a single client cannot be hidden among others; give data.clients above 1")
     if given is None:
         return clients**-1.1
     if given * clients >= 1:
@@ -148,9 +191,9 @@ def central(noise: Noise, strategy: Any, clients: int, rounds: int) -> Guarantee
     sampling, chosen = strategy.sampling, delta(noise.delta, clients, "plugins.noise")
     expected = float(sampling.expected(clients))
     rate, population = 1.0, None if isinstance(sampling, All) else clients
-    if noise.amplification is not False and sampling.amplifies:
+    if noise.amplification is not False and amplifies(sampling):
         rate, population = min(1.0, expected / clients), None
-    elif noise.amplification is not False and isinstance(sampling, Fixed):
+    elif noise.amplification is not False and _is_fixed(sampling):
         rate = min(1.0, sampling.size(clients) / clients)
     kind: dict[str, Any] = {
         "sampling_rate": rate,
@@ -159,17 +202,22 @@ def central(noise: Noise, strategy: Any, clients: int, rounds: int) -> Guarantee
         "clients": population,
     }
     z = noise.noise_multiplier
-    if z is None:
-        assert noise.target_epsilon is not None
-        z = accounting.noise_multiplier(epsilon=noise.target_epsilon, rounds=rounds, **kind)
-    for plugin in strategy.plugins:
-        if isinstance(plugin, AdaptiveClip) and z:
-            accounting.noise_on_updates(z, plugin.deviation(strategy, expected))
+    try:
+        if z is None:
+            assert noise.target_epsilon is not None
+            z = accounting.noise_multiplier(epsilon=noise.target_epsilon, rounds=rounds, **kind)
+        for plugin in strategy.plugins:
+            if isinstance(plugin, AdaptiveClip) and z:
+                accounting.noise_on_updates(z, plugin.deviation(strategy, expected))
+    except RequestError as error:
+        names = {"epsilon: ": "plugins.noise.target_epsilon: ", "noise_mul": "plugins.noise.noise_mul"}
+        lines = [names.get(line[:9], line[:9]) + line[9:] for line in error.problems]
+        raise RequestError(lines) from None
     made = Guarantee(noise_multiplier=z, rounds=rounds, budget=noise.target_epsilon, trust="central", **kind)
     if noise.target_epsilon is not None and made.spent(1) > noise.target_epsilon:
         raise RequestError(
-            f"plugins.noise.target_epsilon: the first round alone spends {made.spent(1):.4g}, more than"
-            f" {noise.target_epsilon:g}; give more noise, or leave noise_multiplier out and have it found"
+            f"plugins.noise.target_epsilon: the first round alone spends {made.spent(1):.8g}, more than"
+            f" {noise.target_epsilon:.8g}; give more noise, or leave noise_multiplier out and have it found"
         )
     return made
 

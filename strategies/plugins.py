@@ -27,6 +27,7 @@ class Plugin:
         repeats: whether ``server_each`` only repeats what the client half does, so that an owned sum may leave it out.
         private: whether what ``server_sum`` and ``server_total`` make of the clients' values beside ``u.rows`` is
             noised, or nothing, so that the plug-in may stand beside central noise.
+        noises: whether the plug-in's ``server_total`` hides every client by noise of ``ctx.sensitivity``.
         note: a sentence that a reader of the run must know.
     """
 
@@ -35,6 +36,7 @@ class Plugin:
     owns_sum: bool = False
     repeats: bool = False
     private: bool = False
+    noises: bool = False
     note: str = ""
 
     def fits(self, strategy: Any) -> list[str]:

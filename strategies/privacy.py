@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from clients.errors import RequestError
+from clients.errors import RequestError, RunError
 from clients.recipe import NonNegative, Positive
 from clients.updates import Updates
 from strategies import accounting
+from strategies.clipping import clip, norms
 from strategies.context import Context
 from strategies.guarantees import Guarantee
 from strategies.plugins import Plugin, State
@@ -29,25 +29,6 @@ Accountant = Literal["pld", "rdp"]
 _COUNT_NOISE = 0.05
 
 
-def clip(rows: Tensor, norm: float) -> Tensor:
-    """``x min(1, norm / ||x||)`` for every row, over all its coordinates jointly.
-
-    Args:
-        rows: ``[k, d]``; they stay as they are.
-        norm: above 0.
-
-    Returns:
-        ``[k, d]`` in the rows' dtype; rows within the norm are untouched, to the bit.
-    """
-    factors = (norm / _norms(rows)).clamp(max=1.0)
-    return rows * factors[:, None].to(rows.dtype)
-
-
-def _norms(rows: Tensor) -> Tensor:
-    """``float64 [k]``."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-
-
 class _Clipping(Plugin):
     """Clips on the client, and again on arrival: what a codec or a client has made larger is cut off."""
 
@@ -57,7 +38,7 @@ class _Clipping(Plugin):
     def client(self, u: Updates, state: State, ctx: Context) -> tuple[Updates, State]:
         norm = self.bounded_by(state)
         assert norm is not None
-        clipped = _norms(u.rows) > norm
+        clipped = norms(u.rows) > norm
         return u.replace(rows=clip(u.rows, norm)).tell(clipped=clipped.to(torch.int64)), state
 
     def server_each(self, u: Updates, state: State, ctx: Context) -> Updates:
@@ -121,12 +102,18 @@ class AdaptiveClip(_Clipping):
         return share * expected
 
     def client(self, u: Updates, state: State, ctx: Context) -> tuple[Updates, State]:
-        below = _norms(u.rows) <= self.bounded_by(state)
+        below = norms(u.rows) <= self.bounded_by(state)
         u, state = super().client(u, state, ctx)
         return u.send(below=below.to(torch.uint8)), state
 
+    def fits(self, strategy: Any) -> list[str]:
+        if sum(isinstance(plugin, AdaptiveClip) for plugin in strategy.plugins) == 1:
+            return []
+        return ["plugins.adaptive_clip: two of them would each count clients by the other's norm; give it once"]
+
     def server_each(self, u: Updates, state: State, ctx: Context) -> Updates:
-        return super().server_each(u, state, ctx).send(below=(u.sends["below"] > 0).to(torch.uint8))
+        said = u.sends["below"].reshape(len(u), -1)[:, :1].flatten()  # one bit a client, whatever it sends
+        return super().server_each(u, state, ctx).send(below=(said > 0).to(torch.uint8))
 
     def server_total(self, u: Updates, state: State, ctx: Context) -> tuple[Updates, State]:
         m, sigma = ctx.expected, self.deviation(ctx.strategy, ctx.expected)
@@ -160,6 +147,7 @@ class Noise(Plugin):
     accountant: Accountant = "pld"
     amplification: bool | None = None
     private = True
+    noises = True
 
     def __post_init__(self) -> None:
         if self.noise_multiplier is None and self.target_epsilon is None:
@@ -223,11 +211,26 @@ class LocalNoise(Plugin):
 
         return local(self, strategy, clients, rounds)
 
+    def init(self, ctx: Context) -> State:
+        from strategies.noising import raw_weights
+
+        if raw_weights(ctx):
+            raise RequestError(
+                f"strategy.aggregator: {ctx.strategy.aggregator!r} makes weights or values of the updates themselves,"
+                " which are sent without noise; use mean, or a rule that counts clients alike"
+            )
+        return {}
+
     def client(self, u: Updates, state: State, ctx: Context) -> tuple[Updates, State]:
+        if u.sends:
+            raise RunError(
+                f"round {ctx.round}, local_noise: {', '.join(u.sends)} would be sent beside the update without noise;"
+                " let plug-ins before it, and client.local_training, send nothing"
+            )
         told = self.guarantee(ctx.strategy, len(ctx.population.trainable), ctx.rounds)
         std = 2 * self.norm * told.noise_multiplier
         rows = clip(u.rows, self.norm)
-        clipped = (_norms(u.rows) > self.norm).to(torch.int64)
+        clipped = (norms(u.rows) > self.norm).to(torch.int64)
         for row, client in zip(rows, u.clients.tolist(), strict=True):
             row += std * torch.randn(row.shape, generator=ctx.generator("noise", client), dtype=row.dtype)
         releases = state["releases"] + 1

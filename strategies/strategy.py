@@ -14,6 +14,7 @@ from clients.errors import FedsimError, RequestError, RunError
 from clients.hooks import Correction
 from clients.updates import Updates
 from strategies.aggregation import Aggregator, Mean, weighted_sum
+from strategies.clipping import clip, norms
 from strategies.context import Context
 from strategies.plugins import Plugin
 from strategies.sampling import Fixed, Sampling
@@ -217,14 +218,29 @@ class Strategy:
         return self.receive(u, state, ctx) if receive else u, fresh
 
     def receive(self, u: Updates, state: State, ctx: Context) -> Updates:
-        """What the server does with each update on arrival; nothing where it sees only their sum."""
+        """What the server does with each update on arrival; nothing where it sees only their sum.
+
+        Under central noise, rows are held to their bound and weights to the largest at last, whatever was done before.
+        """
         hidden = any(plugin.owns_sum for plugin in self.plugins)
         for place, plugin in reversed(self._named_plugins()):
             if plugin.overrides("server_each") and not (hidden and plugin.repeats):
                 with _named(plugin, "server_each", ctx):
                     u = plugin.server_each(u, _of(place, state), self._inside(place, ctx))
                     _same_width(u, ctx)
-        return u
+        return self._held(u, state) if self.noised else u
+
+    @property
+    def noised(self) -> bool:
+        """Whether the server adds noise, so that no client may count for more than its bound."""
+        return any(plugin.noises for plugin in self.plugins)
+
+    def _held(self, u: Updates, state: State) -> Updates:
+        bound, most = self.bound(state), self.aggregator.largest_weight
+        assert bound is not None
+        if bool((norms(u.rows) > bound * (1 + 1e-6)).any()):
+            u = u.replace(rows=clip(u.rows, bound))
+        return u.replace(weights=u.weights.nan_to_num(nan=0.0).clamp(0.0, most))
 
     def reduce(self, u: Updates) -> Updates:
         """A chunk's weighted sum, for an aggregator that needs no more."""

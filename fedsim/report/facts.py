@@ -203,8 +203,12 @@ class Facts:
 
     @property
     def privacy_kind(self) -> str:
-        """Unit, relation and trust: epsilons of different kinds cannot be compared."""
-        return ", ".join(str(self.privacy.get(name, "?")) for name in ("unit", "relation", "trust"))
+        """Unit, relation, trust, delta and accountant: epsilons of different kinds cannot be compared."""
+        told = self.privacy
+        delta = told.get("delta")
+        words = [str(told.get(name, "?")) for name in ("unit", "relation", "trust")]
+        known = f"{delta:.3g}" if isinstance(delta, float) else str(delta)
+        return f"{', '.join(words)} trust, delta {known}, {told.get('accountant', '?')} accountant"
 
     @cached_property
     def cohort(self) -> float:

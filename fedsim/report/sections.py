@@ -494,13 +494,7 @@ def _epsilon(facts: Facts) -> Html | None:
     told = facts.privacy
     if facts.epsilon is None or not told:
         return None
-    delta = told.get("delta")
-    said = f"delta {delta:.3g}" if isinstance(delta, float) else f"delta {delta}"
-    return tag(
-        "p",
-        f"Epsilon is by {facts.privacy_kind} trust, at {said}, by the {told.get('accountant')} accountant; it covers"
-        f" {told.get('covers')}.",
-    )
+    return tag("p", f"Epsilon is by {facts.privacy_kind}; it covers {told.get('covers')}.")
 
 
 _OWN_USES = {"validation": "validation", "test": "testing"}

@@ -39,6 +39,14 @@ class CanaryAudit(Check):
             )
         self.canaries, self.confidence, self.rounds = canaries, confidence, rounds
 
+    def fits(self, strategy: Any) -> list[str]:
+        if strategy.noised:
+            return []
+        return [
+            "checks.canary_audit: the strategy adds no noise on the server, so there is no claim to test; leave the"
+            " check out, or name the strategy dpfedavg"
+        ]
+
     def run(self, ctx: CheckContext) -> Findings:
         """Metrics ``epsilon_lower_bound``, ``epsilon``, ``provable``, ``confidence`` and ``canaries``; the scores.
 
@@ -46,12 +54,9 @@ class CanaryAudit(Check):
             RequestError: where the strategy has no central noise.
             RunError: where the bound exceeds what the run claims.
         """
+        if problems := self.fits(ctx.strategy):
+            raise RequestError(problems)
         told = ctx.strategy.guarantee(len(ctx.population.trainable), ctx.rounds)
-        if told is None or told.trust != "central":
-            raise RequestError(
-                "checks.canary_audit: the strategy adds no noise on the server, so there is no claim to test; leave"
-                " the check out, or name the strategy dpfedavg"
-            )
         rounds = min(ctx.round, self.rounds or ctx.round)
         scores = audit(ctx.strategy, ctx, relation=told.relation, rounds=rounds, trials=self.canaries)
         bound = epsilon_lower_bound(scores.with_canary, scores.without, told.delta, self.confidence)

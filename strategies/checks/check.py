@@ -37,6 +37,10 @@ class Check:
 
     needs: Literal["weights", "rows"] = "weights"
 
+    def fits(self, strategy: Any) -> list[str]:
+        """What of the strategy does not go with the check, one line a key, with the mend; told before a run."""
+        return []
+
     def run(self, ctx: CheckContext) -> Findings:
         """Metrics, tables and figures.
 

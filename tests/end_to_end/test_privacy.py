@@ -113,7 +113,7 @@ def test_the_ledger_has_epsilon_after_every_round_and_says_of_what(tmp_path):
     }
     assert "not metrics, not the trials of tune" in privacy["covers"]
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Epsilon is by client, add or remove one, central trust, at delta 0.001" in page
+    assert "Epsilon is by client, add or remove one, central trust, delta 0.001, pld accountant" in page
 
 
 def test_empty_rounds_are_released_and_accounted(tmp_path):
@@ -181,8 +181,11 @@ REFUSED = {
     "client.batch_norm": {"strategy": "dpfedavg", "model": {"norm": "batch"}, "client": {"batch_norm": "share_all"}},
     "client.dp_sgd": {"strategy": "dpfedavg", "client": {"dp_sgd": {"noise_multiplier": 1.0}}},
     "devices.available": {"strategy": "dpfedavg", "devices": {"available": 0.5}},
+    "client.stragglers": {"strategy": "dpfedavg", "client": {"epochs": {"uniform": [1, 2]}, "stragglers": "drop"}},
+    "attacks.mimic": {"strategy": "dpfedavg", "attacks": [{"name": "mimic", "fraction": 0.2}]},
+    "checks.canary_audit": {"checks": ["canary_audit"]},
     "strategy.delta": {"strategy": {"name": "dpfedavg", "delta": 0.01}},
-    "strategy.weighting": {
+    "strategy.aggregator": {
         "strategy": {"name": "fedavg"},
         "plugins": [CLIP, {"name": "noise", "noise_multiplier": 1.0}],
     },

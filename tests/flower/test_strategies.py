@@ -266,7 +266,7 @@ BAD = {
     "what no tensor can hold": (with_arrays({"update": np.array(["a"] * SIZE)}), "TypeError"),
     "statistics of its own": (
         with_arrays({"update": np.zeros(SIZE, np.float32), "send/x": np.ones(3)}),
-        "where most send",
+        "as it should",
     ),
     "no examples": (with_metrics(**{"num-examples": 0}), "num-examples = 0"),
     "an infinite weight": (with_metrics(weight=float("inf")), "weight = inf"),

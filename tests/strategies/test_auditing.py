@@ -134,8 +134,18 @@ class OnlySaysSo(Clip):
         return u
 
 
+class Trusting(DPFedAvg):
+    """Does not hold clients to their bound at last."""
+
+    def _held(self, u, state):
+        return u
+
+
 class CountsWhoCame(Mean):
     """Says that it divides by the expected cohort, and divides by a quarter of it."""
+
+    def unbounded(self):
+        return super().unbounded()
 
     def combine(self, u, state, ctx):
         row, state, info = super().combine(u, state, ctx)
@@ -164,19 +174,19 @@ def test_a_correct_strategy_passes_with_a_bound_between_nothing_and_its_epsilon(
 
 
 @pytest.mark.parametrize(
-    "parts",
+    ("made", "parts"),
     [
-        {"plugins": (Clip(), TenTimesTooLittle(3.0))},
-        {"plugins": (OnlySaysSo(), Noise(3.0))},
-        {"aggregator": CountsWhoCame("uniform", None, "expected"), "plugins": (Clip(), Noise(3.0))},
+        (DPFedAvg, {"plugins": (Clip(), TenTimesTooLittle(3.0))}),
+        (Trusting, {"plugins": (OnlySaysSo(), Noise(3.0))}),
+        (DPFedAvg, {"aggregator": CountsWhoCame("uniform", None, "expected"), "plugins": (Clip(), Noise(3.0))}),
     ],
     ids=["noise", "clip", "divisor"],
 )
-def test_what_is_broken_is_caught(parts):
+def test_what_is_broken_is_caught(made, parts):
     correct = DPFedAvg(3.0, sampling=HALF)
     assert checked(correct)[0]["epsilon"] < 1
     with pytest.raises(RunError, match=r"epsilon to be at least .* more than the 0\.\d+ that 2 rounds claim") as caught:
-        checked(DPFedAvg(sampling=HALF, **parts))
+        checked(made(sampling=HALF, **parts))
     assert "\n" not in str(caught.value)
 
 

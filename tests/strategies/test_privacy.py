@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from clients.errors import RequestError
+from clients.errors import RequestError, RunError
 from clients.hooks import Correction
 from strategies import (
     AdaptiveClip,
@@ -374,7 +374,7 @@ REFUSED = {
     "unclipped": (lambda: composed(Noise(1.0)), "nothing bounds what a client sends.*put clip before it"),
     "weights by examples": (
         lambda: FedAvg(plugins=[Clip(1.0), Noise(1.0)]),
-        'weights by examples have no largest one; give strategy.weighting = "uniform"',
+        'weights by examples have no largest one. .* weighting = "uniform", divisor = "expected"',
     ),
     "divided by who came": (
         lambda: Strategy(aggregator=Mean("uniform"), plugins=[Clip(1.0), Noise(1.0)]),
@@ -439,3 +439,89 @@ def test_what_holds_is_not():
     composed(Clip(1.0), compression.Quantize(bits=4), Noise(1.0), server_optimizer=server_optimizers.Adam(lr=0.1))
     composed(Clip(1.0), Noise(1.0, amplification=True, accountant="rdp"), sampling=Fixed(2))
     FedAvg(plugins=[LocalNoise(epsilon=1.0), compression.Quantize(bits=8)], aggregator=MedianRule())
+
+
+# ------------------------------------------------------------------------------------------------ parts of one's own
+
+
+class Heavier(Plugin):
+    """A third party's that counts a client a thousand times."""
+
+    def __init__(self, half: str):
+        self.half = half
+
+    def client(self, u, state, ctx):
+        return (u.replace(weights=1000 * u.weights), state) if self.half == "client" else (u, state)
+
+    def server_each(self, u, state, ctx):
+        return u.replace(weights=float("nan") * u.weights) if self.half == "server" else u
+
+
+class Unheld(Clip):
+    """A clip that forgets to clip on arrival."""
+
+    def server_each(self, u, state, ctx):
+        return u
+
+
+@pytest.mark.parametrize("plugins", [[Clip(0.5), Heavier("client")], [Clip(0.5), Heavier("server")], [Unheld(0.5)]])
+def test_the_server_holds_every_client_to_its_bound_whatever_plug_ins_do(plugins):
+    strategy, ctx = composed(*plugins, Noise(1.0)), ctx_of(4)
+    arrived = strategy.receive(strategy.aggregator.prepare(updates(torch.full((2, 4), 9.0)), ctx), {}, ctx)
+    honest, _ = strategy.contribute(updates(torch.full((2, 4), 9.0)), {}, {}, ctx)
+    for u in (arrived, honest):
+        assert float((u.rows.norm(dim=1) * u.weights.abs()).max()) <= 0.5 * (1 + 1e-6)
+
+
+def test_a_mean_s_claim_does_not_hold_for_a_combine_of_one_s_own():
+    class Realised(Mean):
+        def combine(self, u, state, ctx):
+            return u.rows[0] / u.weights.sum(), state, {}
+
+    with pytest.raises(RequestError, match=r"its own combine is not what unbounded.* speaks of"):
+        composed(Clip(1.0), Noise(1.0), aggregator=Realised("uniform", divisor="expected"))
+
+
+@pytest.mark.parametrize("base", [Poisson, Fixed])
+def test_a_cohort_of_one_s_own_is_not_amplified_by_the_name_of_its_base(base):
+    class Largest(base):
+        def cohort(self, ctx):
+            return ctx.population.trainable[: self.clients_per_round]
+
+    told = composed(Clip(1.0), Noise(2.0), sampling=Largest(10)).guarantee(100, 100)
+    assert told.sampling_rate == 1.0
+    assert told.relation == "replace one by nothing"
+
+
+def test_two_counts_of_clipped_clients_are_refused():
+    with pytest.raises(RequestError, match="adaptive_clip: two of them"):
+        Strategy(plugins=[AdaptiveClip(), AdaptiveClip()])
+
+
+def test_a_huge_row_is_clipped_to_the_norm_too():
+    assert float(clip(torch.full((1, 1000), 3e38), 1e-3).double().norm()) == pytest.approx(1e-3, rel=1e-5)
+
+
+class Sends(Plugin):
+    def client(self, u, state, ctx):
+        return u.send(first=u.rows[:, 0]), state
+
+
+def test_local_noise_hides_all_that_is_sent_or_nothing_is():
+    ctx = ctx_of(3)
+    strategy = FedAvg(plugins=[Sends(), LocalNoise(epsilon=1.0)])
+    kept = {name: torch.zeros(2, 1) for name in strategy.client_state(ctx)}
+    with pytest.raises(RunError, match="first would be sent beside the update without noise"):
+        strategy.contribute(updates(torch.randn(2, 3)), {}, kept, ctx)
+
+    class ByNorm(Mean):
+        def prepare(self, u, ctx):
+            return u.replace(weights=u.rows.double().norm(dim=1))
+
+    with pytest.raises(RequestError, match="makes weights or values of the updates themselves"):
+        FedAvg(aggregator=ByNorm(), plugins=[LocalNoise(epsilon=1.0)]).init(ctx)
+
+
+def test_a_single_client_cannot_be_hidden():
+    with pytest.raises(RequestError, match="a single client cannot be hidden among others"):
+        composed(Clip(1.0), Noise(1.0)).guarantee(1, 10)
