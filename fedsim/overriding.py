@@ -120,8 +120,10 @@ def _of_name(items: list[Any], name: str, key: str) -> dict[str, Any]:
     names = [item["name"] if isinstance(item, Mapping) else str(getattr(item, "name", item)) for item in items]
     found = [index for index, known in enumerate(names) if _plain(known) == _plain(name)]
     if len(found) != 1:
-        said = f"{key} names it {len(found)} times" if found else f"{key} has {', '.join(names) or 'nothing'}"
-        raise RequestError(f"{key}.{name}: {said}{nearest(name, names)}")
+        if found:
+            raise RequestError(f"{key}.{name}: {key} names it {len(found)} times; change the file, or set {key} whole")
+        have = ", ".join(names) or "nothing (what a strategy brings itself is set by the strategy's own keys)"
+        raise RequestError(f"{key}.{name}: {key} has {have}{nearest(name, names)}")
     item = items[found[0]]
     if isinstance(item, Part):
         raise RequestError(f"{key}.{name}: {item.name} was given as an object; change it where it is made")

@@ -55,8 +55,8 @@ def _hidden_problems(experiment: Experiment, setup: Setup) -> Iterator[str]:
         )
     if any(group.crafts for group in setup.malicious):
         yield (
-            "attacks: those that make updates of what others send see each of them, which secure_sum hides; use an"
-            " attack on data, or leave secure_sum out"
+            "attacks: attackers' updates are made where all others' are seen, which secure_sum hides; use an attack on"
+            " data, or leave secure_sum out"
         )
 
 

@@ -221,8 +221,10 @@ class Simulation:
             self.state[_CLOCK] = self.state[_CLOCK] + work.seconds
         if work.dropped:
             listed = ", ".join(map(str, work.dropped[:5])) + (", ..." if len(work.dropped) > 5 else "")
-            message = f"{len(work.dropped)} clients began and never answered: {listed}"
+            clients = "client" if len(work.dropped) == 1 else "clients"
+            message = f"{len(work.dropped)} {clients} began and never answered: {listed}"
             record.events.append(Event(number, "dropped_out", message, work.dropped[0], "training"))
+        self._tell_clamped(record)
         moved = self._combine(found, ctx, record)
         self.round = number
         needed = self.scheduler.versions
@@ -237,6 +239,14 @@ class Simulation:
             self.judge(record)
         record.seconds = time.perf_counter() - begun
         return record
+
+    def _tell_clamped(self, record: RoundRecord) -> None:
+        """Says so where a masked sum cuts off more than a thousandth of what clients send."""
+        clamped = sum(client.get("clamped", 0) for client in record.clients)
+        share = clamped / max(1, record.completed * self.layout.size)
+        if share > 1e-3:
+            message = f"{share:.1%} of all coordinates were beyond secure_sum's clip and cut off; give it a larger one"
+            record.events.append(Event(record.round, "clamped", message))
 
     def budget_spent(self, round: int) -> bool:
         """Whether another round after this one would exceed the privacy budget."""

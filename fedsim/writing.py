@@ -37,7 +37,9 @@ def plain(value: Any, base: Path) -> Any:
         return [plain(item, base) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return value.item() if hasattr(value, "item") and not getattr(value, "shape", ()) else str(value)
+    if hasattr(value, "item") and not getattr(value, "shape", ()):
+        return value.item()
+    return _name(Part.of(value), base) if dataclasses.is_dataclass(value) else str(value)
 
 
 def _placed(value: Any, base: Path) -> Any:
@@ -140,10 +142,22 @@ def _loaded_by_path(module: Any) -> bool:
 
 
 def _arguments(thing: Any) -> str:
-    """The fields of a dataclass of plain values, ``...`` for anything else."""
+    """The fields of a dataclass of plain values and such dataclasses, or the parts of a strategy; else ``...``."""
+    if type(thing).__module__.startswith("strategies.") and not dataclasses.is_dataclass(thing):
+        return repr(thing).partition("(")[2].removesuffix(")")  # a strategy tells all of its parts
     if not dataclasses.is_dataclass(thing):
         return "..."
-    values = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing) if field.init}
-    if not all(isinstance(value, bool | int | float | str | None) for value in values.values()):
+    values = {field.name: _told(getattr(thing, field.name)) for field in dataclasses.fields(thing) if field.init}
+    if None in values.values():
         return "..."
-    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _told(value: Any) -> str | None:
+    """A value as text that tells it from others; None where there is none."""
+    if isinstance(value, bool | int | float | str | None):
+        return repr(value)
+    if isinstance(value, type) or not dataclasses.is_dataclass(value):
+        return None
+    inside = _arguments(value)
+    return None if inside == "..." else f"{type(value).__name__}({inside})"

@@ -74,6 +74,12 @@ class Downlink(Plugin):
     def __post_init__(self, base: Path | None) -> None:
         object.__setattr__(self, "codec", built(self.codec, base, "plugins.downlink.codec"))
 
+    @property
+    def note(self) -> str:  # type: ignore[override]
+        if not self.codec.contraction:
+            return ""
+        return f"Clients began from what {self.codec!r} leaves of the weights, which drops coordinates or magnitudes."
+
     def down(self, row: Tensor, state: State, ctx: Context) -> tuple[Tensor, int]:
         sent, nbytes = self.codec.transmit(row[None], [ctx.generator("down")], slices(ctx))
         return sent[0], int(nbytes[0])

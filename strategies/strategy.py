@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from clients import catalog
 from clients.errors import FedsimError, RequestError, RunError
 from clients.hooks import Correction
+from clients.objects import wrong_settings
 from clients.updates import Updates
 from strategies.aggregation import Aggregator, Mean, weighted_sum
 from strategies.clipping import clip, norms
@@ -91,6 +93,11 @@ class Strategy:
             for plugin in self.plugins
             if not isinstance(plugin, Plugin)
         ]
+        if not problems:
+            problems += [line for name in kinds for line in wrong_settings(getattr(self, name), f"strategy.{name}")]
+            problems += [
+                line for plugin in self.plugins for line in wrong_settings(plugin, f"plugins.{_named_as(plugin)}")
+            ]
         if not problems and self.aggregator.needs not in ("sum", "rows"):
             problems.append(
                 f'strategy.aggregator: {self.aggregator!r} needs {self.aggregator.needs!r}; say "sum" or "rows"'
@@ -308,6 +315,12 @@ def _named(part: object, half: str, ctx: Context) -> Iterator[None]:
 def _same_width(u: Updates, ctx: Context) -> None:
     if u.rows.shape[1:] != ctx.weights.shape:
         raise ValueError(f"gave rows of shape {list(u.rows.shape)}; give [k, {len(ctx.weights)}]")
+
+
+def _named_as(part: object) -> str:
+    """The name that a part goes by."""
+    name = getattr(type(part), "name", "")
+    return name if isinstance(name, str) and name else catalog.snake(type(part).__name__)
 
 
 def _under(place: str, state: Mapping[str, Any]) -> State:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fedsim
+import strategies
 from clients.errors import RequestError
 from fedsim import cli
 from strategies import accounting
@@ -286,3 +287,24 @@ def test_the_compositions_in_examples_run_from_one_file(name, tmp_path):
     summary = commands.run(tmp_path, f"{name}.toml", "--out", "run", "--set", "rounds=25", "--set", "client.epochs=2")
     assert summary["accuracy"] > 0.6
     assert summary["bytes_up"] < 0.2 * summary["bytes_down"] or name == "compressed"
+
+
+def test_a_resume_with_another_object_inside_an_object_is_refused(tmp_path):
+    def made(fraction, lr):
+        plugins = [strategies.ErrorFeedback(strategies.TopK(fraction))]
+        return fedsim.Experiment(rounds=3, client={"epochs": 1}, strategy=strategies.FedAdam(lr=lr), plugins=plugins)
+
+    for record in fedsim.rounds(made(0.05, 0.02), out=tmp_path / "run"):
+        if record.round == 1:
+            break
+    for other in (made(0.2, 0.02), made(0.05, 0.2)):
+        with pytest.raises(RequestError, match="differs from the run"):
+            fedsim.run(other, out=tmp_path / "run", resume=True)
+    assert fedsim.run(made(0.05, 0.02), out=tmp_path / "run", resume=True).summary["rounds"] == 3
+
+
+def test_a_masked_sum_that_cuts_off_much_says_so(tmp_path):
+    settings = {"plugins": [{"name": "local_noise", "noise_multiplier": 8.0}, "secure_sum"], "rounds": 1}
+    result = fedsim.run(fedsim.Experiment(client={"epochs": 1}, **settings), out=tmp_path / "run")
+    events = fedsim.load(result.out).events
+    assert "beyond secure_sum's clip" in events[events["kind"] == "clamped"]["message"].iloc[0]

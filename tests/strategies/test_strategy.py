@@ -129,3 +129,26 @@ def test_a_secure_sum_and_a_rule_that_needs_rows_are_refused():
 def test_only_the_server_has_data_and_evaluation():
     with pytest.raises(RunError, match=r"ctx\.evaluate is the server's"):
         context().evaluate(torch.zeros(1), "test")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Strategy(plugins=[strategies.Clip(-1.0)]), "plugins.clip.norm: -1.0 is out of range"),
+        (lambda: Strategy(plugins=[strategies.TopK(k=0)]), "plugins.top_k.k: 0 is out of range"),
+        (
+            lambda: Strategy(plugins=[strategies.Quantize(rounding="stochastc")]),
+            "plugins.quantize.rounding: 'stochastc'",
+        ),
+        (
+            lambda: Strategy(plugins=[strategies.Downlink(strategies.Quantize(bits=0))]),
+            "plugins.downlink.codec.bits: 0 is out of range",
+        ),
+        (lambda: Strategy(aggregator=Mean("exmples")), "strategy.aggregator.weighting: 'exmples'"),
+        (lambda: strategies.DPFedAvg(1.0, clipping_norm=-1.0), "plugins.clip.norm: -1.0 is out of range"),
+    ],
+)
+def test_settings_of_parts_made_in_python_are_checked_as_those_of_a_file_are(make, said):
+    with pytest.raises(RequestError) as refused:
+        make()
+    assert said in str(refused.value)
