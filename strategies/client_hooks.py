@@ -20,8 +20,8 @@ from clients.training import NOT_USABLE, usable_rows
 from clients.updates import Updates
 from clients.weights import Layout
 from strategies.codecs import Codec, Generators, Groups
+from strategies.composition import Composition
 from strategies.context import Context
-from strategies.strategy import Strategy
 
 #: Names of what a client sends: its update, or a codec's payload of it; what it sends beside; numbers about it.
 UPDATE, PAYLOAD, SEND = "update", "payload/", "send/"
@@ -55,7 +55,7 @@ class ClientHooks:
         strategy: its sampling may differ from the server's; its correction, plug-ins and aggregator may not.
     """
 
-    def __init__(self, strategy: Strategy):
+    def __init__(self, strategy: Composition):
         self.strategy = strategy
 
     @property
@@ -129,7 +129,7 @@ class _Heard(NamedTuple):
     row: Tensor
 
 
-def _overheard(strategy: Strategy, heard: list[_Heard]) -> Strategy:
+def _overheard(strategy: Composition, heard: list[_Heard]) -> Composition:
     """The same strategy, whose codecs leave their payloads in a list."""
     plugins = list(strategy.plugins)
     for place, codec in codecs(strategy).items():
@@ -147,7 +147,7 @@ def _overheard(strategy: Strategy, heard: list[_Heard]) -> Strategy:
     return made
 
 
-def codecs(strategy: Strategy) -> dict[str, Codec]:
+def codecs(strategy: Composition) -> dict[str, Codec]:
     """Place among the plug-ins -> the codec that clients encode with there."""
     found = {}
     for place, plugin in enumerate(strategy.plugins):
@@ -178,13 +178,13 @@ def _beside(codec: Codec, groups: Groups | None) -> tuple[Groups, ...]:
     return (groups,) if codec.by_tensor and groups is not None else ()
 
 
-def told(strategy: Strategy) -> str:
+def told(strategy: Composition) -> str:
     """What server and client must have in common, in words."""
     parts = ("correction", "plugins", "aggregator")
     return f"Strategy({', '.join(f'{name}={getattr(strategy, name)!r}' for name in parts)})"
 
 
-def hides(strategy: Strategy) -> bool:
+def hides(strategy: Composition) -> bool:
     """Whether rows are words of 32 bits, that mean nothing until they are added."""
     return any(plugin.owns_sum for plugin in strategy.plugins)
 

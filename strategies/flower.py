@@ -40,11 +40,11 @@ from clients.updates import Updates
 from clients.weights import Layout
 from strategies.aggregation import add_sums
 from strategies.client_hooks import CLIENTS, COHORT, STEPS, TRAINABLE, WEIGHT, told
+from strategies.composition import Composition
 from strategies.context import Context
 from strategies.guarantees import Guarantee
 from strategies.replies import contribution, first_line, last_line, moved, numbers_of, only, pooled, totals_of
 from strategies.roll_call import Node, People, RollCall, layout_of_arrays
-from strategies.strategy import Strategy
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict  # isort: skip
 from flwr.serverapp import Grid  # isort: skip
@@ -94,7 +94,7 @@ class MessageStrategy(FlowerStrategy):
 
     def __init__(
         self,
-        strategy: Strategy,
+        strategy: Composition,
         *,
         seed: int = 0,
         rounds: int | None = None,
@@ -107,7 +107,7 @@ class MessageStrategy(FlowerStrategy):
         evaluate_every: int = 1,
         ask_timeout: float = 600.0,
     ):
-        if not isinstance(strategy, Strategy):
+        if not isinstance(strategy, Composition):
             raise RequestError(f"strategy: {strategy!r} is no strategies.Strategy")
         _refuse(strategy)
         self.strategy, self.seed, self.recipe = strategy, seed, recipe
@@ -425,7 +425,7 @@ class MessageStrategy(FlowerStrategy):
         )
 
 
-def on_grid(strategy: Strategy, **options: Any) -> MessageStrategy:
+def on_grid(strategy: Composition, **options: Any) -> MessageStrategy:
     """A strategy for Flower's ``ServerApp``: it has ``start(grid=..., initial_arrays=..., num_rounds=...)``.
 
     Args:
@@ -436,7 +436,7 @@ def on_grid(strategy: Strategy, **options: Any) -> MessageStrategy:
 
 
 def start(
-    strategy: Strategy,
+    strategy: Composition,
     grid: Grid,
     initial_arrays: ArrayRecord,
     num_rounds: int = 3,
@@ -464,7 +464,7 @@ def _absent(name: str) -> Callable[..., Any]:
     return refuse
 
 
-def _refuse(strategy: Strategy) -> None:
+def _refuse(strategy: Composition) -> None:
     if strategy.concurrency is not None:
         raise RequestError(
             "strategy: it takes a step whenever some clients have answered, and Flower's rounds wait for all; use"

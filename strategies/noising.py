@@ -13,11 +13,10 @@ from clients.updates import Updates
 from strategies import accounting
 from strategies.context import Context
 from strategies.guarantees import Guarantee
-from strategies.privacy import AdaptiveClip, LocalNoise, Noise
 from strategies.sampling import All, Fixed
 
 
-def against_noise(noise: Noise, strategy: Any) -> list[str]:
+def against_noise(noise: Any, strategy: Any) -> list[str]:
     """Why central noise would not give what it says, one line each with the mend."""
     return [
         *_several(strategy),
@@ -27,11 +26,11 @@ def against_noise(noise: Noise, strategy: Any) -> list[str]:
     ]
 
 
-def against_local_noise(noise: LocalNoise, strategy: Any) -> list[str]:
+def against_local_noise(noise: Any, strategy: Any) -> list[str]:
     """The same of local noise."""
     lines = [*_several(strategy), *_sent_beside(strategy)]
     for plugin in strategy.plugins:
-        if isinstance(plugin, AdaptiveClip):
+        if plugin.overrides("deviation"):
             lines.append(
                 "plugins.adaptive_clip: clients would send whether they were clipped without noise; local_noise clips"
                 " by itself, leave adaptive_clip out"
@@ -47,7 +46,7 @@ def against_local_noise(noise: LocalNoise, strategy: Any) -> list[str]:
 def _several(strategy: Any) -> Iterator[str]:
     from strategies.error_feedback import ErrorFeedback
 
-    noises = [plugin for plugin in strategy.plugins if isinstance(plugin, Noise | LocalNoise)]
+    noises = [plugin for plugin in strategy.plugins if plugin.overrides("guarantee")]
     if len(noises) > 1:
         yield f"plugins: {' and '.join(map(repr, noises))} would each count for themselves; give one of them"
     if any(isinstance(plugin, ErrorFeedback) for plugin in strategy.plugins):
@@ -57,7 +56,7 @@ def _several(strategy: Any) -> Iterator[str]:
         )
 
 
-def _unclipped(noise: Noise, strategy: Any) -> Iterator[str]:
+def _unclipped(noise: Any, strategy: Any) -> Iterator[str]:
     """The last thing done to a contribution before the sum must be the clip."""
     plugins = strategy.plugins
     first = next((i for i, plugin in enumerate(plugins) if plugin.overrides("bounded_by")), None)
@@ -135,7 +134,7 @@ def _sent_beside(strategy: Any) -> Iterator[str]:
         yield (f"strategy.aggregator: {aggregator!r} is sent losses beside the update, which no noise covers; use mean")
 
 
-def _beside(noise: Noise, strategy: Any) -> Iterator[str]:
+def _beside(noise: Any, strategy: Any) -> Iterator[str]:
     """Nothing else of the clients' may reach the weights than what is noised."""
     yield from _sent_beside(strategy)
     for plugin in strategy.plugins:
@@ -151,7 +150,7 @@ def _beside(noise: Noise, strategy: Any) -> Iterator[str]:
         )
 
 
-def _unaccounted(noise: Noise, strategy: Any) -> Iterator[str]:
+def _unaccounted(noise: Any, strategy: Any) -> Iterator[str]:
     sampling = strategy.sampling
     if noise.amplification and not (amplifies(sampling) or isinstance(sampling, All)):
         if not _is_fixed(sampling):
@@ -181,7 +180,7 @@ def delta(given: float | None, clients: int, key: str) -> float:
     return given
 
 
-def central(noise: Noise, strategy: Any, clients: int, rounds: int) -> Guarantee:
+def central(noise: Any, strategy: Any, clients: int, rounds: int) -> Guarantee:
     """What central noise guarantees; ``clients`` can be trained.
 
     Raises:
@@ -207,8 +206,9 @@ def central(noise: Noise, strategy: Any, clients: int, rounds: int) -> Guarantee
             assert noise.target_epsilon is not None
             z = accounting.noise_multiplier(epsilon=noise.target_epsilon, rounds=rounds, **kind)
         for plugin in strategy.plugins:
-            if isinstance(plugin, AdaptiveClip) and z:
-                accounting.noise_on_updates(z, plugin.deviation(strategy, expected))
+            deviation = plugin.deviation(strategy, expected)
+            if deviation is not None and z:
+                accounting.noise_on_updates(z, deviation)
     except RequestError as error:
         names = {"epsilon: ": "plugins.noise.target_epsilon: ", "noise_mul": "plugins.noise.noise_mul"}
         lines = [names.get(line[:9], line[:9]) + line[9:] for line in error.problems]
@@ -222,7 +222,7 @@ def central(noise: Noise, strategy: Any, clients: int, rounds: int) -> Guarantee
     return made
 
 
-def local(noise: LocalNoise, strategy: Any, clients: int, rounds: int) -> Guarantee:
+def local(noise: Any, strategy: Any, clients: int, rounds: int) -> Guarantee:
     """What local noise guarantees each client."""
     chosen = delta(noise.delta, clients, "plugins.local_noise")
     z = noise.noise_multiplier

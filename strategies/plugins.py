@@ -73,6 +73,11 @@ class Plugin:
         such norm."""
         return None
 
+    def deviation(self, strategy: Any, expected: float) -> float | None:
+        """The standard deviation, in clients, of the noise on a count that the plug-in releases beside the update, at
+        so many clients a round; None where it releases none."""
+        return None
+
     def guarantee(self, strategy: Any, clients: int, rounds: int) -> Guarantee | None:
         """The differential privacy that the plug-in gives, with so many clients that can be trained, over so many
         rounds."""

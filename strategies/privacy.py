@@ -16,7 +16,7 @@ from pydantic import Field
 from clients.errors import RequestError, RunError
 from clients.recipe import NonNegative, Positive
 from clients.updates import Updates
-from strategies import accounting
+from strategies import accounting, noising
 from strategies.clipping import clip, norms
 from strategies.context import Context
 from strategies.guarantees import Guarantee
@@ -97,7 +97,7 @@ class AdaptiveClip(_Clipping):
 
     def deviation(self, strategy: Any, expected: float) -> float:
         """sigma_b, in clients."""
-        noised = any(isinstance(plugin, Noise) for plugin in strategy.plugins)
+        noised = any(plugin.noises for plugin in strategy.plugins)
         share = self.count_noise if self.count_noise is not None else _COUNT_NOISE if noised else 0.0
         return share * expected
 
@@ -154,21 +154,18 @@ class Noise(Plugin):
             raise RequestError("plugins.noise: how much noise? give noise_multiplier, or target_epsilon")
 
     def fits(self, strategy: Any) -> list[str]:
-        from strategies.noising import against_noise
-
-        return against_noise(self, strategy)
+        return noising.against_noise(self, strategy)
 
     def guarantee(self, strategy: Any, clients: int, rounds: int) -> Guarantee:
-        from strategies.noising import central
-
-        return central(self, strategy, clients, rounds)
+        return noising.central(self, strategy, clients, rounds)
 
     def server_total(self, u: Updates, state: State, ctx: Context) -> tuple[Updates, State]:
         assert ctx.sensitivity is not None
         z = ctx.strategy.guarantee(len(ctx.population.trainable), ctx.rounds).noise_multiplier
         for plugin in ctx.strategy.plugins:
-            if isinstance(plugin, AdaptiveClip) and z:
-                z = accounting.noise_on_updates(z, plugin.deviation(ctx.strategy, ctx.expected))
+            deviation = plugin.deviation(ctx.strategy, ctx.expected)
+            if deviation is not None and z:
+                z = accounting.noise_on_updates(z, deviation)
         drawn = torch.randn(u.rows.shape, generator=ctx.generator("noise"), dtype=torch.float64)
         return u.replace(rows=(u.rows + z * ctx.sensitivity * drawn).to(u.rows.dtype)), state
 
@@ -202,19 +199,13 @@ class LocalNoise(Plugin):
             raise RequestError("plugins.local_noise: give epsilon or noise_multiplier, one of the two")
 
     def fits(self, strategy: Any) -> list[str]:
-        from strategies.noising import against_local_noise
-
-        return against_local_noise(self, strategy)
+        return noising.against_local_noise(self, strategy)
 
     def guarantee(self, strategy: Any, clients: int, rounds: int) -> Guarantee:
-        from strategies.noising import local
-
-        return local(self, strategy, clients, rounds)
+        return noising.local(self, strategy, clients, rounds)
 
     def init(self, ctx: Context) -> State:
-        from strategies.noising import raw_weights
-
-        if raw_weights(ctx):
+        if noising.raw_weights(ctx):
             raise RequestError(
                 f"strategy.aggregator: {ctx.strategy.aggregator!r} makes weights or values of the updates themselves,"
                 " which are sent without noise; use mean, or a rule that counts clients alike"

@@ -13,7 +13,7 @@ from clients.evaluation import Total
 from clients.messages import EXAMPLES, TOTAL, tensors_of
 from clients.weights import Layout
 from strategies.client_hooks import PAYLOAD, SEND, STEPS, UPDATE, WEIGHT, codecs, decoded, hides
-from strategies.strategy import Strategy
+from strategies.composition import Composition
 
 from flwr.app import ArrayRecord, Message  # isort: skip
 
@@ -21,7 +21,7 @@ from flwr.app import ArrayRecord, Message  # isort: skip
 _OWN = (EXAMPLES, STEPS, WEIGHT)
 
 
-def contribution(arrays: ArrayRecord, strategy: Strategy, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+def contribution(arrays: ArrayRecord, strategy: Composition, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
     """The row ``[d]`` and the statistics ``[1, ...]`` of a client with the strategy's half."""
     tensors = tensors_of(arrays)
     sends = {name.removeprefix(SEND): value[None] for name, value in tensors.items() if name.startswith(SEND)}

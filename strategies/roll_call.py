@@ -15,8 +15,8 @@ from clients.errors import RequestError
 from clients.messages import CONFIG, ROLL_CALL, STRATEGY
 from clients.weights import Layout, Slot
 from strategies.client_hooks import ClientHooks, hides, told
+from strategies.composition import Composition
 from strategies.replies import first_line, last_line, numbers_of, only
-from strategies.strategy import Strategy
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict  # isort: skip
 from flwr.serverapp import Grid  # isort: skip
@@ -79,7 +79,7 @@ class RollCall:
         layout: what clients share, once one of them has said so.
     """
 
-    def __init__(self, strategy: Strategy, seed: int, layout: Layout | None, least: int, timeout: float):
+    def __init__(self, strategy: Composition, seed: int, layout: Layout | None, least: int, timeout: float):
         self.strategy, self.seed, self.layout, self.least, self.timeout = strategy, seed, layout, least, timeout
         self.nodes: dict[int, Node] = {}
         self._needs_hooks = not ClientHooks(strategy).alone
