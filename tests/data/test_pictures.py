@@ -375,7 +375,7 @@ def test_a_mat_file_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_no_flipped_bytes_make_a_reader_fail_otherwise(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     folder = tmp_path_factory.getbasetemp() / "flipped"
     writing.write_svhn(folder, labels=(1,), splits=["whole"])

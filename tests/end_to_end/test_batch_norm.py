@@ -224,7 +224,7 @@ def test_statistics_as_they_are_made_are_never_judged_by():
         fresh.evaluate(fresh.weights, "test")
 
 
-@pytest.mark.parametrize("mode", ["local, clients_stored", "share_all, auto"])
+@pytest.mark.parametrize("mode", [pytest.param("local, clients_stored", marks=pytest.mark.slow), "share_all, auto"])
 def test_statistics_survive_a_kill(mode, tmp_path):
     kept, evaluated = MODES[mode]
     settings = {"client.batch_norm": kept, "evaluation.batch_norm": evaluated, "rounds": 30, "client.epochs": 2}

@@ -96,6 +96,7 @@ def test_it_does_what_it_says(whole):
     assert len(set(later)) > 50
 
 
+@pytest.mark.slow
 def test_killed_on_another_engine_it_ends_in_the_same_bits(whole, tmp_path):
     result, _ = whole
     arguments = ("--out", "run", "--engine", "processes", "--workers", "2", *SETTINGS)

@@ -84,6 +84,7 @@ def test_without_sampling_it_is_exact_and_rounds_only_scale_the_noise():
     assert both(1.0, 10.0, 100, 1e-5)[0] == pytest.approx(4.377178095681137, rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Optimal order is the largest alpha")
 @pytest.mark.parametrize(
     ("q", "z", "steps", "delta"), [(0.02, 0.8, 300, 1e-5), (0.3, 5.0, 40, 1e-4), (0.05, 20, 9, 1e-6)]
 )
