@@ -90,7 +90,7 @@ def client_splits(given: Any, where: str, input: str = "x") -> dict[str, SizedEx
 
     Args:
         given: the train split alone, ``(train, test)``, or a table or an object with ``train``, ``test`` and
-            ``validation``.
+            ``validation``. Two tensors or arrays are inputs and labels of one split.
         where: what an error begins with.
         input: the column of inputs.
 
@@ -99,6 +99,8 @@ def client_splits(given: Any, where: str, input: str = "x") -> dict[str, SizedEx
     """
     if isinstance(given, Mapping) and "train" in given:
         named = dict(given)
+    elif _is_pair(given):
+        named = {"train": given}
     elif isinstance(given, tuple):
         named = dict(zip(SPLITS, given, strict=False))
     elif hasattr(given, "train") and not hasattr(given, "take"):
@@ -115,9 +117,18 @@ def client_splits(given: Any, where: str, input: str = "x") -> dict[str, SizedEx
     return held
 
 
+def _is_pair(given: Any) -> bool:
+    """Whether these are inputs and labels, ``(x [n, ...], y [n])``, and no two splits."""
+    return (
+        isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(v, Tensor | np.ndarray) for v in given)
+    )
+
+
 def _examples(split: Any, where: str, input: str) -> SizedExamples:
     if isinstance(split, torch.utils.data.DataLoader):
         split = split.dataset
+    if _is_pair(split):
+        split = {input: split[0], "y": split[1]}
     if isinstance(split, Mapping):
         return TensorExamples(_columns(split, where, input), input)
     if callable(getattr(split, "take", None)) and hasattr(split, "__len__") and not hasattr(split, "__getitem__"):

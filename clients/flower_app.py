@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from flwr.clientapp import ClientApp  # isort: skip
 
 Model = nn.Module | Callable[[], nn.Module]
 
+#: By what statistics of batch norm a client's model is judged.
+Judged = Literal["clients", "clients_stored", "batch"]
+
 
 def client_app(
     recipe: Recipe,
@@ -38,7 +41,7 @@ def client_app(
     seed: int = 0,
     rounds: int | None = None,
     transforms: Transforms | Sequence[Callable[..., Any]] = (),
-    batch_norm: Literal["clients", "clients_stored", "batch"] = "clients",
+    batch_norm: Judged = "clients",
     batch_size: int = 512,
     input: str = "x",
     label: str = "y",
@@ -52,6 +55,13 @@ def client_app(
     Messages are as Flower's strategies send and expect them: ``arrays`` and ``config`` in; one ArrayRecord, and one
     MetricRecord with ``num-examples``, out. Only shared parameters travel, by name. Buffers never do; what else belongs
     to the client (personal parameters, batch norm's statistics, moments, control variates) stays in ``Context.state``.
+    Frozen weights that a server of fedsim's sends are those that clients train beside; another server's must be theirs.
+
+    ``num-examples`` is always told, exactly. Where the strategy hides updates from the server (local noise, a secure
+    sum), training losses and numbers of the update are not, and under local noise clients do not evaluate.
+
+    A server's config may bring ``proximal-mu``, as Flower's FedProx does. Settings of the recipe in it, such as ``lr``,
+    have to be the recipe's.
 
     Under a server that runs a strategy of fedsim's, the client half of that strategy is run here: give it as ``hooks``.
 
@@ -80,12 +90,15 @@ def client_app(
     Raises:
         RequestError: for what of the recipe does not go with the model, with ``hooks``, or with messages.
     """
+    _check_arguments(recipe, model, data, mods, evaluate_mods, seed=seed, rounds=rounds, batch_size=batch_size)
     if hooks is not None and not isinstance(hooks, Hooks):
         hooks = getattr(hooks, "client_hooks", hooks)
     if hooks is not None and not isinstance(hooks, Hooks):
         raise RequestError(f"hooks: {hooks!r} is no strategy; give a strategies.Strategy, or leave it out")
     if not isinstance(transforms, Transforms):
         transforms = Transforms(tuple(transforms), seed, "batch", input, label)
+    if batch_norm not in get_args(Judged):
+        raise RequestError(f"batch_norm: {batch_norm!r} given; give one of {', '.join(get_args(Judged))}")
     client = LocalClient(
         recipe,
         prepared(model, recipe, seed, base),
@@ -107,6 +120,28 @@ def client_app(
     app.evaluate(mods=list(evaluate_mods))(client.evaluate)
     app.query(ROLL_CALL)(client.roll_call)
     return app
+
+
+def _check_arguments(recipe: Any, model: Any, data: Any, mods: Any, evaluate_mods: Any, **numbers: Any) -> None:
+    """Refuses arguments of the wrong kind, with a line for each."""
+    problems = []
+    if not isinstance(recipe, Recipe):
+        problems.append(f"recipe: {type(recipe).__name__} given; give a clients.Recipe(...)")
+    if not isinstance(model, nn.Module) and not callable(model):
+        problems.append(f"model: {type(model).__name__} given; give a torch.nn.Module, or a function that makes one")
+    if not callable(data):
+        problems.append(f"data: {type(data).__name__} given; give a function of partition_id")
+    for name, value in numbers.items():
+        least = 0 if name == "seed" else 1
+        if name == "rounds" and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            problems.append(f"{name}: {value!r} given; give a whole number from {least}")
+    for name, given in (("mods", mods), ("evaluate_mods", evaluate_mods)):
+        if not isinstance(given, Sequence) or not all(callable(mod) for mod in given):
+            problems.append(f"{name}: {given!r} given; give a list of Flower's mods, which are functions")
+    if problems:
+        raise RequestError(problems)
 
 
 def prepared(model: Model, recipe: Recipe, seed: int = 0, base: Path | None = None) -> nn.Module:

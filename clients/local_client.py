@@ -17,16 +17,21 @@ from torch import Tensor, nn
 from clients import catalog
 from clients.augmentation import Transforms
 from clients.client_examples import HeldExamples, SizedExamples, client_splits
-from clients.errors import ClientError, RequestError
+from clients.errors import ClientError, FedsimError, RequestError
 from clients.evaluation import Evaluator
 from clients.hooks import Correction
-from clients.local_state import CORRECTION, PERSONAL, kept_state, shared_layout
+from clients.local_state import CORRECTION, PERSONAL, RELEASES, kept_state, shared_layout
 from clients.messages import (
     ADOPTED,
+    ALIAS_OF,
+    ALIASES,
     BROADCAST,
     CONFIG,
     EXAMPLES,
     METRICS,
+    PLAIN,
+    PROBLEM,
+    REFUSED,
     ROUND,
     ROUNDS,
     RUN,
@@ -44,6 +49,8 @@ from clients.messages import (
 from clients.node_state import begin, keep, kept
 from clients.normalization import batch_norms
 from clients.recipe import Recipe
+from clients.recipe_conflicts import as_told, for_examples, within
+from clients.sent_weights import aliases, frozen, with_frozen
 from clients.statistics import STATISTICS, Statistics
 from clients.task import Task
 from clients.training import Trained, Trainer
@@ -106,8 +113,8 @@ class LocalClient:
         Raises:
             RequestError: with a line for each key.
         """
-        recipe, norms, problems = self.recipe, batch_norms(self.model), []
-        correction = Correction() if self.hooks is None else self.hooks.correction
+        recipe, norms, problems = self.recipe, batch_norms(self.model), list(within(self.recipe))
+        correction = self._correction
         if recipe.stragglers == "drop":
             problems.append(
                 'client.stragglers: "drop" compares the clients of a round before they train, and a client that gets a'
@@ -160,20 +167,24 @@ class LocalClient:
         hooks = self._hooks(config)
         weights = self.layout.flatten(tensors_of(message.content.array_records[key], self.layout.names))
         state = tensors_of(message.content.array_records[BROADCAST]) if BROADCAST in message.content else {}
-        begin(context, config.get(RUN))
+        begin(context, config.get(RUN), self._spent)
         held = kept(context, self._lengths(), self.layout.dtype, int(config.get(ADOPTED, 0)))
-        trained = self._train(client, self._splits(context), weights, round, held, state, self._rounds(config))
+        recipe = as_told(self.recipe, config, float(getattr(self._correction, "mu", 0.0)))
+        trainer = self._trainer(self._rounds(config), recipe, self._model(message.content.array_records[key], config))
+        trained = self._train(client, self._splits(context), weights, round, held, state, trainer)
         u = trained.updates
         if hooks is None:
             arrays = named(self.layout, weights + u.rows[0])
             numbers: dict[str, float] = {"steps": int(u.steps)}
             fresh = trained.state
         else:
-            here = Circumstances(round, self.layout, weights, self.task, self.recipe, self.seed, config)
+            here = Circumstances(round, self.layout, weights, self.task, recipe, self.seed, config)
             arrays, numbers, fresh = hooks.contribute(u, state, held, here)
             fresh = {**trained.state, **fresh}
-        reported = {name: float(value) for name, value in trained.report.items()}
-        metrics: dict[str, Any] = {EXAMPLES: int(u.examples), "train_loss": float(trained.loss), **reported, **numbers}
+        metrics: dict[str, Any] = {EXAMPLES: int(u.examples)}
+        if hooks is None or not hooks.discreet:
+            metrics |= {"train_loss": float(trained.loss)} | {n: float(value) for n, value in trained.report.items()}
+        metrics |= numbers
         self._keep(context, fresh, round, waits=hooks is not None)
         content = RecordDict({key: record_of(arrays), METRICS: MetricRecord(metrics)})
         return Message(content, reply_to=message)
@@ -184,32 +195,57 @@ class LocalClient:
         The config's ``split`` may say ``validation``.
         """
         client, config = partition_of(context), config_of(message)
+        if self.hooks is not None and self.hooks.local_noise:
+            raise RequestError(
+                "evaluation: a client's metrics are exact, and would tell the server what local noise hides; evaluate"
+                " on the server (evaluate_fn)"
+            )
         splits, split = self._splits(context), str(config.get("split", "test"))
         if split not in splits:
             raise RequestError(
                 f"data: partition {client} has no {split} examples; give some, or evaluate no clients"
                 " (fraction_evaluate = 0)"
             )
-        begin(context, config.get(RUN))
-        evaluator = self._evaluator
-        row = self.layout.flatten(tensors_of(message.content.array_records[arrays_key(message)], self.layout.names))
+        begin(context, config.get(RUN), self._spent)
+        arrays = message.content.array_records[arrays_key(message)]
+        evaluator = self._evaluator(self._model(arrays, config))
+        row = self.layout.flatten(tensors_of(arrays, self.layout.names))
         self._load(evaluator, row, kept(context, self._lengths(), self.layout.dtype, None), splits["train"])
         total = evaluator.totals(splits[split], torch.arange(len(splits[split])))
-        metrics: dict[str, Any] = {EXAMPLES: int(total["examples"][0]), **self.task.metrics(total)}
-        if STRATEGY in config:
+        told = {
+            name: float(value) for name, value in self.task.metrics(total).items()
+        }  # NumPy's numbers are no metrics
+        metrics: dict[str, Any] = {EXAMPLES: int(total["examples"][0]), **told}
+        if STRATEGY in config and not (self.hooks is not None and self.hooks.discreet):
             metrics |= {f"{TOTAL}{name}": value.tolist() for name, value in total.items()}
         return Message(RecordDict({METRICS: MetricRecord(metrics)}), reply_to=message)
 
     def roll_call(self, message: Message, context: Context) -> Message:
-        """Who the client is: its partition, how many examples it holds, and what of the model it shares."""
-        splits = self._splits(context)
-        numbers: dict[str, Any] = {f"{split}-examples": len(columns) for split, columns in splits.items()}
-        numbers |= {"partition-id": partition_of(context), "seed": self.seed}
+        """Who the client is: its partition, how many examples it holds, and what of the model it shares.
+
+        A client that cannot take part says why.
+        """
+        try:
+            splits = self._splits(context)
+            numbers: dict[str, Any] = {f"{split}-examples": len(columns) for split, columns in splits.items()}
+            numbers |= {"partition-id": partition_of(context), "seed": self.seed}
+        except Exception as error:  # the user's own code gives the examples
+            text = str(error) if isinstance(error, FedsimError) else f"data: {type(error).__name__}: {error}"
+            return self._answer(message, {}, {PROBLEM: " ".join(text.split()), REFUSED: False})
+        refused = list(for_examples(self.recipe, len(splits["train"])))
+        if refused:
+            return self._answer(message, numbers, {PROBLEM: refused[0], REFUSED: True})
         told = "" if self.hooks is None else self.hooks.told
         shapes = [",".join(map(str, slot.shape)) for slot in self.layout]
         dtypes = [str(slot.dtype).removeprefix("torch.") for slot in self.layout]
-        said = ConfigRecord({STRATEGY: told, "names": self.layout.names, "shapes": shapes, "dtypes": dtypes})
-        content: dict[str, Any] = {METRICS: MetricRecord(numbers), CONFIG: said}
+        said = {STRATEGY: told, PLAIN: self.hooks is None or self.hooks.plain}
+        said |= {"names": self.layout.names, "shapes": shapes, "dtypes": dtypes}
+        tied = aliases(self.model, self.layout)
+        return self._answer(message, numbers, {**said, ALIASES: list(tied), ALIAS_OF: list(tied.values())})
+
+    @staticmethod
+    def _answer(message: Message, numbers: dict[str, Any], said: dict[str, Any]) -> Message:
+        content: dict[str, Any] = {METRICS: MetricRecord(numbers), CONFIG: ConfigRecord(said)}
         return Message(RecordDict(content), reply_to=message)
 
     # ------------------------------------------------------------------------------------------ training
@@ -222,13 +258,13 @@ class LocalClient:
         round: int,
         held: Mapping[str, Tensor],
         server: Mapping[str, Tensor],
-        rounds: int,
+        made: tuple[Trainer, dict[str, HeldExamples]],
     ) -> Trained:
         if self.recipe.early_stopping is not None and "validation" not in splits:
             raise RequestError(
                 f"client.early_stopping: partition {client} has no validation examples; let data give some"
             )
-        trainer, pools = self._trainer(rounds)
+        trainer, pools = made
         for split, pool in pools.items():
             pool.hold(splits.get(split))
         mine = {name: value for name, value in held.items() if name.startswith(CORRECTION) or name in trainer.kept}
@@ -244,15 +280,31 @@ class LocalClient:
             )
         return trained
 
-    def _trainer(self, rounds: int) -> tuple[Trainer, dict[str, HeldExamples]]:
-        place = (threading.get_ident(), rounds)
-        if place not in self._made:
+    def _model(self, arrays: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:
+        """The model with the frozen weights that were sent, the same object as long as these are the same.
+
+        A server of fedsim's sends them in every round, another one those that clients have sent.
+        """
+        place = ("model", threading.get_ident())
+        before = self._made.get(place, self.model)
+        self._made[place] = with_frozen(self.model, tensors_of(arrays, self._stands), before, lasting=RUN in config)
+        return self._made[place]
+
+    @cached_property
+    def _stands(self) -> list[str]:
+        """The names of frozen weights, and of the statistics of batch norms that may be."""
+        return [*frozen(self.model), *(name for name, _ in self.model.named_buffers())]
+
+    def _trainer(self, rounds: int, recipe: Recipe, model: nn.Module) -> tuple[Trainer, dict[str, HeldExamples]]:
+        place = ("trainer", threading.get_ident())
+        found = self._made.get(place)
+        if found is None or found[0] is not model or found[1:3] != (rounds, recipe):
             pools = {split: HeldExamples() for split in ("train", "validation")}
             hooks = self.hooks
             trainer = Trainer(
-                self.model,
+                model,
                 self.task,
-                self.recipe,
+                recipe,
                 self.layout,
                 pools["train"],
                 lambda _: np.arange(len(pools["train"])),
@@ -272,8 +324,8 @@ class LocalClient:
                 seed=self.seed,
                 rounds=rounds,
             )
-            self._made[place] = trainer, pools
-        return self._made[place]
+            found = self._made[place] = model, rounds, recipe, trainer, pools
+        return found[3], found[4]
 
     def _hooks(self, config: Mapping[str, Any]) -> Hooks | None:
         """The strategy's half where its server is there; None where clients send their weights as they are."""
@@ -305,14 +357,13 @@ class LocalClient:
 
     # ------------------------------------------------------------------------------------------ evaluation
 
-    @property
-    def _evaluator(self) -> Evaluator:
-        place = threading.get_ident()
-        if place not in self._made:
-            self._made[place] = Evaluator(
-                self.model, self.task, self.layout, self.batch_size, self.batch_norm, self.statistics
-            )
-        return self._made[place]
+    def _evaluator(self, model: nn.Module) -> Evaluator:
+        place = ("evaluator", threading.get_ident())
+        found = self._made.get(place)
+        if found is None or found[0] is not model:
+            made = Evaluator(model, self.task, self.layout, self.batch_size, self.batch_norm, self.statistics)
+            found = self._made[place] = model, made
+        return found[1]
 
     def _load(self, evaluator: Evaluator, row: Tensor, held: Mapping[str, Tensor], train: SizedExamples) -> None:
         """The client's own model: the weights it was sent with what it keeps in their place."""
@@ -343,6 +394,15 @@ class LocalClient:
         asked = inspect.signature(self.data).parameters.values()
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return len([p for p in asked if p.kind in positional and p.default is p.empty]) > 1
+
+    @property
+    def _correction(self) -> Correction:
+        return Correction() if self.hooks is None else self.hooks.correction
+
+    @property
+    def _spent(self) -> frozenset[str]:
+        """Names of what counts the client's releases, over all runs on its node."""
+        return frozenset({RELEASES}) | (frozenset() if self.hooks is None else self.hooks.stands)
 
     def _lengths(self) -> dict[str, int]:
         """Name -> length of what the client keeps."""

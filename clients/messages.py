@@ -38,6 +38,10 @@ TOTAL = "total/"
 #: The action of the query by which a server learns who there is.
 ROLL_CALL = "roll_call"
 
+#: Keys of its answer: why the client cannot take part, and whether nobody can by that; whether the client's half of its
+#: strategy changes nothing; and the other names of tied parameters, with those that they have among the shared ones.
+PROBLEM, REFUSED, PLAIN, ALIASES, ALIAS_OF = "problem", "refused", "plain", "aliases", "alias-of"
+
 
 @dataclass(frozen=True)
 class Circumstances:
@@ -87,6 +91,21 @@ class Hooks(Protocol):
         ...
 
     @property
+    def plain(self) -> bool:
+        """Whether it changes nothing, so that a server of any strategy may do without it."""
+        ...
+
+    @property
+    def discreet(self) -> bool:
+        """Whether nothing may leave beside what it gives: no losses, and no numbers of the update."""
+        ...
+
+    @property
+    def local_noise(self) -> bool:
+        """Whether it hides the client from the server by noise, which exact metrics would undo."""
+        ...
+
+    @property
     def stands(self) -> frozenset[str]:
         """Names of client state that is kept even where the server did not adopt the update."""
         ...
@@ -129,7 +148,11 @@ def partition_of(context: Context) -> int:
             "node_config: has no 'partition-id', which says whose examples these are; start the node with"
             ' --node-config "partition-id=0 num-partitions=10"'
         )
-    return int(context.node_config["partition-id"])
+    client, number = int(context.node_config["partition-id"]), context.node_config.get("num-partitions")
+    if client < 0 or (number is not None and client >= int(number)):
+        among = "" if number is None else f" below num-partitions, which is {number}"
+        raise RequestError(f"node_config.partition-id: {client} given; give one from 0{among}")
+    return client
 
 
 def config_of(message: Message) -> Mapping[str, Any]:

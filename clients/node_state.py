@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from clients.errors import RequestError
 from clients.messages import record_of, tensors_of
 
 from flwr.app import ArrayRecord, ConfigRecord, Context  # isort: skip
@@ -17,14 +19,31 @@ _STATE, _PENDING, _PENDING_ROUND = "fedsim-state", "fedsim-pending", "fedsim-pen
 #: The run that it is of, where the server says so: another one begins afresh.
 _RUN = "fedsim-run"
 
+#: How many runs before it are remembered.
+_REMEMBERED = 32
 
-def begin(context: Context, run: str | None) -> None:
-    """Forgets what the client kept of another run."""
-    if run is None or (_RUN in context.state and context.state.config_records[_RUN]["run"] == run):
+
+def begin(context: Context, run: str | None, stands: Collection[str] = ()) -> None:
+    """Forgets what the client kept of another run, but for what ``stands`` whatever becomes of a run (what it spent).
+
+    Raises:
+        RequestError: for a run that has gone on without this client's state, since another began meanwhile.
+    """
+    known = context.state.config_records.get(_RUN)
+    if run is None or (known is not None and known["run"] == run):
         return
+    before = [] if known is None else [*cast(list[str], known["before"]), str(known["run"])]
+    if run in before:
+        raise RequestError(
+            "run: another run has begun on this node meanwhile, and what the client kept of this one is gone; start"
+            " runs one after another, or each on a grid of its own"
+        )
+    left = {name: array for name, array in context.state.array_records.get(_STATE, {}).items() if name in stands}
     for key in (_STATE, _PENDING, _PENDING_ROUND):
         context.state.pop(key, None)
-    context.state[_RUN] = ConfigRecord({"run": run})
+    if left:
+        context.state[_STATE] = ArrayRecord(left)
+    context.state[_RUN] = ConfigRecord({"run": run, "before": before[-_REMEMBERED:]})
 
 
 def kept(context: Context, lengths: Mapping[str, int], dtype: torch.dtype, adopted: int | None) -> dict[str, Tensor]:

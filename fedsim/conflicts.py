@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
+from clients import recipe_conflicts
 from clients.errors import RequestError
+from clients.recipe import Recipe
+from clients.recipe_conflicts import TWO_PROXIMAL_TERMS
 
 
 def conflicts(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
@@ -130,45 +135,25 @@ def _batch_norm_conflicts(read: _Reader) -> Iterable[str]:
 
 
 def _client_conflicts(read: _Reader) -> Iterable[str]:
-    privacy, stopping = read.get("client.dp_sgd"), read.get("client.early_stopping")
-    own = read.get("client.local_training")
     if _amount(read, "proximal") and _is_prox(read):
-        yield (
-            "client.regularization.proximal: the strategy brings a proximal term too, and the two would add; give one"
-            " of them"
-        )
-    if stopping is not None and not read.get("data.client_validation_fraction"):
+        yield TWO_PROXIMAL_TERMS
+    if read.get("client.early_stopping") is not None and not read.get("data.client_validation_fraction"):
         yield (
             "client.early_stopping: clients have no validation examples to stop by; give"
             " data.client_validation_fraction above 0"
         )
-    if read.get("client.personal_epochs") is not None:
-        if stopping is not None:
-            yield "client.early_stopping: it would stop a client in its epochs on personal parameters; drop one"
-        if read.get("client.optimizer_state") == "keep":
-            yield "client.optimizer_state: 'keep' does not go with client.personal_epochs, two phases with one state"
-    keeps = "keep" if read.get("client.optimizer_state") == "keep" else None
-    schedule = read.get("client.step_schedule")
-    schedule = None if _name_of(schedule) == "constant" else schedule
-    clip = read.get("client.gradient_clip")
-    for key, value in {
-        "dp_sgd": privacy,
-        "early_stopping": stopping,
-        "optimizer_state": keeps,
-        "step_schedule": schedule,
-        "gradient_clip": clip,
-        "lr_factors": read.get("client.lr_factors") or None,
-        "adversarial": read.get("client.adversarial"),
-        "personal_epochs": read.get("client.personal_epochs"),
-    }.items():
-        if value is not None and own is not None:
-            yield f"client.{key}: client.local_training replaces the loop that does it; give one of them"
-    if privacy is None:
-        return
-    if read.get("client.personal_epochs") is not None:
-        yield "client.personal_epochs: what client.dp_sgd releases is counted for one phase of training; drop one"
-    if stopping is not None:
-        yield "client.early_stopping: it looks at validation examples without noise, against client.dp_sgd; drop one"
+    recipe = _recipe(read)
+    if recipe is not None:
+        yield from recipe_conflicts.within(recipe)
+
+
+def _recipe(read: _Reader) -> Recipe | None:
+    """The recipe; None where something in it is wrong by itself, which the schema says."""
+    given = read.given.get("client", {})
+    try:
+        return given if isinstance(given, Recipe) else Recipe(**given)
+    except (ValidationError, RequestError, TypeError):
+        return None
 
 
 def _amount(read: _Reader, name: str) -> Any:
@@ -191,45 +176,29 @@ def _privacy_conflicts(read: _Reader) -> Iterable[str]:
     plugins = read.given.get("plugins", [])
     named = {str(_name_of(part)).lower().replace("_", "") for part in plugins} if isinstance(plugins, list) else set()
     central = "noise" in named or _strategy_names(read, "aggregator")[0] == "dpfedavg"
-    if central or "localnoise" in named:
-        kept, examples = read.get("client.batch_norm"), read.get("client.dp_sgd") is not None
-        yield from against_noise(read.number("strategy.min_clients") if central else None, kept, examples)
+    recipe = _recipe(read)
+    if recipe is not None and (central or "localnoise" in named):
+        yield from recipe_conflicts.beside_noise(recipe)
     if central:
-        yield from against_central_noise(read.get("client.stragglers"), _available(read.given.get("devices")))
+        devices = read.given.get("devices")
+        yield from against_central_noise(
+            read.number("strategy.min_clients"), read.get("client.stragglers"), _available(devices)
+        )
 
 
-def against_noise(min_clients: int | None, batch_norm: str, dp_sgd: bool) -> Iterable[str]:
-    """What does not go with noise that hides clients, one line a key.
+def against_central_noise(min_clients: int | None, stragglers: str, available: float) -> Iterable[str]:
+    """What shows who was chosen, or lets one client decide who else is counted, one line a key.
 
     Args:
-        min_clients: ``strategy.min_clients``, where the noise is the server's.
-        batch_norm: ``client.batch_norm``.
-        dp_sgd: whether there is a ``client.dp_sgd``.
+        min_clients: ``strategy.min_clients``.
+        stragglers: ``client.stragglers``.
+        available: ``devices.available``; 1 without devices.
     """
     if min_clients:
         yield (
             f"strategy.min_clients: {min_clients} would show, by a round that keeps the weights, how many clients were"
             " chosen; under noise every round is a release, so leave it out"
         )
-    if batch_norm == "share_all":
-        yield (
-            'client.batch_norm: "share_all" sends batch norm\'s statistics beside the update, which no noise covers;'
-            ' give "share_affine" or "local", or set model.norm = "group"'
-        )
-    if dp_sgd:
-        yield (
-            "client.dp_sgd: its epsilon is of examples, that of the strategy's noise of clients, and the ledger has"
-            " one; leave one of them out"
-        )
-
-
-def against_central_noise(stragglers: str, available: float) -> Iterable[str]:
-    """What lets one client decide who else is counted, one line a key.
-
-    Args:
-        stragglers: ``client.stragglers``.
-        available: ``devices.available``; 1 without devices.
-    """
     if stragglers == "drop":
         yield (
             'client.stragglers: "drop" leaves out all who do less than one client does, so that one decides over'

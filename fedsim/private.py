@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from clients import catalog
 from clients.errors import RequestError
 from clients.parts import Part
-from fedsim.conflicts import against_central_noise, against_noise
+from clients.recipe_conflicts import beside_noise
+from fedsim.conflicts import against_central_noise
 from fedsim.experiment import Experiment
 from fedsim.worker import Setup
-from strategies.privacy import Noise
 
 
 def check(experiment: Experiment, setup: Setup) -> None:
@@ -77,13 +77,11 @@ def keyed(experiment: Experiment) -> Iterator[None]:
 
 
 def _problems(experiment: Experiment, setup: Setup) -> Iterator[str]:
-    central = next((plugin for plugin in setup.strategy.plugins if isinstance(plugin, Noise)), None)
-    least = None if central is None else experiment.strategy.min_clients
-    yield from against_noise(least, setup.recipe.batch_norm, setup.recipe.dp_sgd is not None)
-    if central is None:
+    yield from beside_noise(setup.recipe)
+    if not setup.strategy.noised:
         return
     available = 1.0 if experiment.devices is None else experiment.devices.available
-    yield from against_central_noise(setup.recipe.stragglers, available)
+    yield from against_central_noise(experiment.strategy.min_clients, setup.recipe.stragglers, available)
     for group in setup.malicious:
         if group.crafts and getattr(group.attack, "sees_others", True):
             yield (

@@ -11,21 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.errors import RunError
+from clients.errors import RequestError, RunError
 from clients.hooks import Correction
 from clients.messages import ROUNDS, Circumstances
 from clients.recipe import Recipe
+from clients.recipe_conflicts import TWO_PROXIMAL_TERMS, beside_noise
 from clients.task import Classification
 from clients.training import NOT_USABLE, usable_rows
 from clients.updates import Updates
-from clients.weights import Layout
+from clients.weights import Layout, Slot
 from strategies.codecs import Codec, Generators, Groups
 from strategies.composition import Composition
 from strategies.context import Context
+from strategies.corrections import Prox
 
 #: Names of what a client sends: its update, or a codec's payload of it; what it sends beside; numbers about it.
 UPDATE, PAYLOAD, SEND = "update", "payload/", "send/"
 STEPS, WEIGHT = "steps", "weight"
+
+#: For a strategy without rounds.
+NO_ROUNDS = (
+    "strategy: it takes a step whenever some clients have answered, and Flower's rounds wait for all; use"
+    " fedsim.run, or a strategy with rounds"
+)
 
 #: What the server tells clients beside: the cohort among what is broadcast, and how many clients there are and can
 #: be trained.
@@ -56,6 +64,8 @@ class ClientHooks:
     """
 
     def __init__(self, strategy: Composition):
+        if strategy.concurrency is not None:
+            raise RequestError(NO_ROUNDS)
         self.strategy = strategy
 
     @property
@@ -77,11 +87,33 @@ class ClientHooks:
         return not (bound or self.loss_before or any(p.overrides("client") for p in self.strategy.plugins))
 
     @property
+    def plain(self) -> bool:
+        return self.alone and type(self.strategy.correction) is Correction and self.weighs_only
+
+    @property
+    def weighs_only(self) -> bool:
+        """Whether the rule makes nothing of an update but its weight, and of what a server knows as well."""
+        return _weighs_only(self.strategy)
+
+    @property
+    def discreet(self) -> bool:
+        return self.local_noise or hides(self.strategy)
+
+    @property
+    def local_noise(self) -> bool:
+        return any(plugin.overrides("guarantee") and not plugin.noises for plugin in self.strategy.plugins)
+
+    @property
     def stands(self) -> frozenset[str]:
         return self.strategy.stands
 
     def check(self, recipe: Recipe) -> list[str]:
-        return [*self.strategy.correction.check(recipe), *self.strategy.aggregator.check(recipe)]
+        problems = [*self.strategy.correction.check(recipe), *self.strategy.aggregator.check(recipe)]
+        if isinstance(self.strategy.correction, Prox) and recipe.regularization.proximal:
+            problems.append(TWO_PROXIMAL_TERMS)
+        if any(plugin.overrides("guarantee") for plugin in self.strategy.plugins):
+            problems += beside_noise(recipe)
+        return problems
 
     def client_state(self, layout: Layout) -> dict[str, int]:
         nothing = Context(0, layout, torch.empty(0), _Everybody(0, 0), Classification(), strategy=self.strategy)
@@ -117,7 +149,8 @@ class ClientHooks:
         else:
             arrays = {UPDATE: in_words(u.rows[0]) if hides(self.strategy) else u.rows[0]}
         arrays |= {f"{SEND}{name}": value[0] for name, value in u.sends.items()}
-        numbers = {name: value[0].item() for name, value in u.report.items()}
+        told_beside = {"epsilon"} if self.discreet else set(u.report)
+        numbers = {name: value[0].item() for name, value in u.report.items() if name in told_beside}
         return arrays, {**numbers, STEPS: int(u.steps), WEIGHT: float(u.weights)}, fresh
 
 
@@ -182,6 +215,19 @@ def told(strategy: Composition) -> str:
     """What server and client must have in common, in words."""
     parts = ("correction", "plugins", "aggregator")
     return f"Strategy({', '.join(f'{name}={getattr(strategy, name)!r}' for name in parts)})"
+
+
+def _weighs_only(strategy: Composition) -> bool:
+    """Whether the rule's ``prepare`` makes nothing of an update but its weight, which a server can do as well."""
+    layout = Layout.of((Slot("weight", (2,), torch.float32, 0),), torch.float32)
+    one = torch.ones(1, dtype=torch.int64)
+    u = Updates(torch.tensor([[1.0, -2.0]]), 0 * one, 3 * one, 2 * one, one.to(torch.float64))
+    ctx = Context(1, layout, torch.zeros(2), _Everybody(1, 1), Classification(), rounds=1, strategy=strategy)
+    try:
+        prepared = strategy.aggregator.prepare(u, ctx)
+    except Exception:  # it asks for what is not known before clients train
+        return False
+    return not prepared.sends and torch.equal(prepared.rows, u.rows)
 
 
 def hides(strategy: Composition) -> bool:

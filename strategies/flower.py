@@ -9,58 +9,67 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clients.errors import RequestError
-from clients.evaluation import Total, add_totals
 from clients.local_state import shared_layout
 from clients.messages import (
     ADOPTED,
     ARRAYS,
     BROADCAST,
     CONFIG,
-    EXAMPLES,
     ROUND,
     ROUNDS,
     RUN,
     STRATEGY,
-    named,
     record_of,
-    tensors_of,
 )
 from clients.recipe import Recipe
+from clients.sent_weights import aliases
 from clients.task import Classification, Task
 from clients.training import NOT_USABLE, usable_rows
 from clients.updates import Updates
 from clients.weights import Layout
 from strategies.aggregation import add_sums
-from strategies.client_hooks import CLIENTS, COHORT, STEPS, TRAINABLE, WEIGHT, told
+from strategies.client_hooks import (
+    CLIENTS,
+    COHORT,
+    STEPS,
+    TRAINABLE,
+    WEIGHT,
+    ClientHooks,
+    hides,
+    told,
+)
 from strategies.composition import Composition
 from strategies.context import Context
 from strategies.guarantees import Guarantee
-from strategies.replies import contribution, first_line, last_line, moved, numbers_of, only, pooled, totals_of
+from strategies.message_weights import MessageWeights
+from strategies.replies import (
+    Dropped,
+    contribution,
+    examples_of,
+    finite_state,
+    first_line,
+    judged,
+    kind_of,
+    last_line,
+    moved,
+    numbers_of,
+    only,
+    pooled,
+)
 from strategies.roll_call import Node, People, RollCall, layout_of_arrays
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict  # isort: skip
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict  # isort: skip
 from flwr.serverapp import Grid  # isort: skip
 from flwr.serverapp.strategy import Result  # isort: skip
 from flwr.serverapp.strategy import Strategy as FlowerStrategy  # isort: skip
 
 _log = logging.getLogger("flwr")
-
-
-class Dropped(NamedTuple):
-    """A reply that was left out, and why."""
-
-    round: int
-    node: int
-    client: int
-    why: str
 
 
 class MessageStrategy(FlowerStrategy):
@@ -71,7 +80,9 @@ class MessageStrategy(FlowerStrategy):
     the strategy as ``hooks``; a strategy that needs nothing of clients but their weights, such as FedAdam or Krum,
     runs with any ClientApp that follows Flower's conventions too, and knows its clients by the order of their nodes.
 
-    Whatever a node sends that is no usable update is dropped, with a line in the log and in ``dropped``.
+    Whatever a node sends that is no usable update is dropped, with a line in the log and in ``dropped``; so are nodes
+    that do not say who they are, in round 0. A client counts as the rule weighs the examples that it told before the
+    first round, except where a plug-in adds the updates or the rule asks clients for more than their number.
 
     Args:
         strategy: what the server does.
@@ -109,19 +120,22 @@ class MessageStrategy(FlowerStrategy):
     ):
         if not isinstance(strategy, Composition):
             raise RequestError(f"strategy: {strategy!r} is no strategies.Strategy")
-        _refuse(strategy)
-        self.strategy, self.seed, self.recipe = strategy, seed, recipe
+        _refuse(strategy, min_clients)
+        self.strategy, self.half, self.seed, self.recipe = strategy, ClientHooks(strategy), seed, recipe
         self.rounds = self._last = rounds or 0
         self.task = Classification() if task is None else task
         self.server = {**{name: _absent(name) for name in _SERVERS}, **(server or {})}
         self.min_clients, self.min_available_nodes = min_clients, min_available_nodes
         self.evaluate_every, self.ask_timeout = evaluate_every, ask_timeout
         self._given = None if model is None else shared_layout(recipe or Recipe(), model)
+        self._tied = {} if model is None or self._given is None else aliases(model, self._given)
         self.reset()
 
     def reset(self) -> None:
         """Forgets nodes, weights and state; another run begins."""
-        self.roll = RollCall(self.strategy, self.seed, self._given, self.min_available_nodes, self.ask_timeout)
+        self.roll = RollCall(
+            self.strategy, self.seed, self._given, self._tied, self.min_available_nodes, self.ask_timeout
+        )
         self.weights = torch.zeros(0)
         self.state: dict[str, Any] | None = None
         self.dropped: list[Dropped] = []
@@ -129,9 +143,12 @@ class MessageStrategy(FlowerStrategy):
         self._spent = 0.0
         self._sent = torch.zeros(0)
         self._cohort: Tensor | None = None
+        self._names = MessageWeights(Layout.of((), torch.float32), {})
         self._asked: dict[int, Node] = {}
         self._adopted: dict[int, int] = {}
-        self._others: dict[str, Array] = {}
+        self._weighs: bool | None = None
+        self._quiet = False
+        self._split = "test"
 
     def start(
         self,
@@ -146,7 +163,7 @@ class MessageStrategy(FlowerStrategy):
         """Runs the rounds, as Flower's strategies do; fewer where a privacy budget would be exceeded."""
         self.reset()
         self.rounds = self._last = num_rounds
-        self.roll.call(grid)
+        self._call(grid, 0)
         guarantee = self.strategy.guarantee(len(People(self.roll.nodes).trainable), num_rounds)
         if guarantee is not None and guarantee.budget is not None:
             num_rounds = max(1, bisect_right(range(1, num_rounds + 1), guarantee.budget, key=guarantee.spent))
@@ -165,7 +182,7 @@ class MessageStrategy(FlowerStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The round's messages: weights, what of the server's state clients read, and the config."""
-        self.roll.call(grid)
+        self._call(grid, server_round)
         self._adopt_arrays(arrays)
         ctx = self._context(server_round)
         if self.state is None:
@@ -174,8 +191,7 @@ class MessageStrategy(FlowerStrategy):
         self._cohort = torch.from_numpy(cohort)
         self._sent, _ = self.strategy.down(self.state, ctx)
         self._asked = {self.roll.nodes[client].id: self.roll.nodes[client] for client in cohort.tolist()}
-        sent = record_of(named(self._known, self._sent))
-        sent = ArrayRecord({name: self._others.get(name) or sent[name] for name in arrays})
+        sent = self._names.record(self._sent)
         broadcast = record_of({**self.strategy.broadcast(self.state), COHORT: self._cohort})
         whole = {**config, ROUND: server_round, RUN: self._run, ROUNDS: self.rounds, CLIENTS: ctx.population.clients}
         whole[TRAINABLE] = len(ctx.population.trainable)
@@ -211,7 +227,7 @@ class MessageStrategy(FlowerStrategy):
         metrics["clients"], metrics["dropped"] = len(found), len(self._asked) - len(found)
         if (spent := self._epsilon(numbers.values(), ctx)) is not None:
             metrics["epsilon"] = spent
-        arrays = self._record() if self._combine(found, ctx) else None
+        arrays = self._names.record(self.weights) if self._combine(found, ctx) else None
         return arrays, MetricRecord(metrics)
 
     def _epsilon(self, told: Iterable[Mapping[str, Any]], ctx: Context) -> float | None:
@@ -238,8 +254,8 @@ class MessageStrategy(FlowerStrategy):
             )
             return False
         row, state, _ = self.strategy.aggregate(self._reduced(found, ctx), self.state, ctx)
-        if not bool(torch.isfinite(row).all()):
-            _log.warning("round %d: NaN or infinite weights of finite updates; the weights are kept", ctx.round)
+        if not bool(torch.isfinite(row).all()) or not finite_state(self.state, state):
+            _log.warning("round %d: NaN or infinite values of finite updates; weights and state are kept", ctx.round)
             return False
         self.weights, self.state = row, state
         self._adopted |= dict.fromkeys(found, ctx.round)
@@ -259,6 +275,11 @@ class MessageStrategy(FlowerStrategy):
         return total
 
     # ------------------------------------------------------------------------------------------ replies
+
+    def _call(self, grid: Grid, round: int) -> None:
+        """Asks new nodes who they are; those that cannot take part are among the dropped."""
+        for node, why in self.roll.call(grid).items():
+            self.dropped.append(Dropped(round, node, -1, why))
 
     def _usable_replies(self, round: int, replies: Iterable[Message]) -> Iterable[tuple[Node, Message]]:
         """Each node's reply with content; says of all others, and of nodes that did not answer, why they are not."""
@@ -286,9 +307,7 @@ class MessageStrategy(FlowerStrategy):
             ValueError: for a reply that is none.
         """
         arrays, metrics = only(reply.content.array_records, "ArrayRecord"), numbers_of(reply)
-        examples = metrics.get(EXAMPLES)
-        if not isinstance(examples, int | float) or not 0 < examples < 2**53:
-            raise ValueError(f"its metrics say {EXAMPLES} = {examples}; a number above 0 is needed")
+        examples = examples_of(metrics, node.held.get("train"))
         row, sends = contribution(arrays, self.strategy, self._known) if node.hooks else self._moved(arrays)
         steps, weight = metrics.get(STEPS, 0), metrics.get(WEIGHT, examples)
         if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
@@ -296,27 +315,41 @@ class MessageStrategy(FlowerStrategy):
         u = Updates(
             rows=row[None],
             clients=torch.tensor([node.client]),
-            examples=torch.tensor([int(examples)]),
+            examples=torch.tensor([examples]),
             steps=torch.tensor([int(steps) if isinstance(steps, int | float) else 0]),
             weights=torch.tensor([weight], dtype=torch.float64),
             sends=sends,
         )
         if not node.hooks:
             u = self.strategy.aggregator.prepare(u, ctx)
+        elif self._weighs_by_itself(ctx):
+            u = u.replace(weights=self.strategy.aggregator.prepare(u, ctx).weights)
         assert self.state is not None
         return self.strategy.receive(u, self.strategy.broadcast(self.state), ctx), metrics
 
     def _moved(self, arrays: ArrayRecord) -> tuple[Tensor, dict[str, Tensor]]:
         return moved(arrays, self._sent, self._known), {}
 
+    def _weighs_by_itself(self, ctx: Context) -> bool:
+        """Whether a client's weight is the rule's alone, so that no client need be asked for its own.
+
+        It is not where a plug-in owns the sum or weighs, nor where the rule looks at what only the client knows.
+        """
+        if self._weighs is None:
+            self._weighs = not hides(self.strategy) and self.half.weighs_only
+            if self._weighs:
+                sent = self._example(ctx)
+                self._weighs = torch.equal(sent.weights, self.strategy.aggregator.prepare(sent, ctx).weights)
+        return self._weighs
+
     def _only_alike(self, found: dict[int, Updates], ctx: Context) -> None:
         """Drops the clients that send other statistics than most do, since these would not add.
 
         Under noise it is the strategy that says what is sent: no client may decide whether another is counted.
         """
-        kinds = {client: _kind(u) for client, u in found.items()}
+        kinds = {client: kind_of(u) for client, u in found.items()}
         if self.strategy.noised and found:
-            usual = _kind(self._example(ctx))
+            usual = kind_of(self._example(ctx))
         elif len(set(kinds.values())) > 1:
             usual = Counter(kinds[client] for client in sorted(kinds)).most_common(1)[0][0]
         else:
@@ -341,10 +374,15 @@ class MessageStrategy(FlowerStrategy):
     ) -> Iterable[Message]:
         """Asks every client that holds test examples."""
         every, self._asked = self.evaluate_every, {}
+        if every and self.half.local_noise:
+            if not self._quiet:
+                _log.warning("clients are not asked to evaluate: exact metrics would tell what local noise hides")
+            self._quiet = True
+            return []
         if not every or (server_round % every and server_round != self._last):
             return []
-        split = str(config.get("split", "test"))
-        able = [node for node in self.roll.nodes.values() if not node.held or node.held.get(split, 0)]
+        self._split = str(config.get("split", "test"))
+        able = [node for node in self.roll.nodes.values() if not node.held or node.held.get(self._split, 0)]
         self._asked = {node.id: node for node in sorted(able, key=lambda node: node.client)}
         whole = ConfigRecord({**config, ROUND: server_round, RUN: self._run, STRATEGY: told(self.strategy)})
         content = RecordDict({ARRAYS: arrays, CONFIG: whole})
@@ -356,32 +394,13 @@ class MessageStrategy(FlowerStrategy):
         for node, reply in self._usable_replies(server_round, replies):
             try:
                 said = numbers_of(reply)
-                if not isinstance(said.get(EXAMPLES), int | float) or not 0 < said[EXAMPLES] < math.inf:
-                    raise ValueError(f"its metrics say {EXAMPLES} = {said.get(EXAMPLES)}; a number above 0 is needed")
+                examples_of(said, node.held.get(self._split))
                 found[node.client] = said
             except ValueError as error:
                 self._drop(server_round, node, str(error))
         if not found:
             return None
-        metrics = {**pooled(found), **self._exactly_pooled(found)}
-        for name in list(metrics):
-            values = [float(said[name]) for said in found.values() if isinstance(said.get(name), int | float)]
-            if len(values) == len(found):
-                metrics[f"{name}_client_mean"] = float(np.mean(values))
-        examples = sum(int(said[EXAMPLES]) for said in found.values())
-        return MetricRecord({**metrics, EXAMPLES: examples, "clients": len(found)})
-
-    def _exactly_pooled(self, found: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
-        """The metrics of all clients' examples together, where all clients tell the sums that theirs are made of."""
-        totals = [totals_of(found[client]) for client in sorted(found)]
-        kinds = {tuple((name, len(value)) for name, value in total.items()) for total in totals}
-        if len(kinds) != 1 or not totals[0]:
-            return {}
-        try:
-            whole: Total = reduce(add_totals, totals)
-            return self.task.metrics(whole)
-        except (KeyError, IndexError, ArithmeticError):  # of another task than the server's
-            return {}
+        return MetricRecord(judged(found, self.task))
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -391,24 +410,11 @@ class MessageStrategy(FlowerStrategy):
         return self.roll.layout
 
     def _adopt_arrays(self, arrays: ArrayRecord) -> None:
-        """Takes the round's weights from the arrays; those that are no shared parameters go on as they are."""
+        """Takes the round's weights from the arrays."""
         if self.roll.layout is None:
             self.roll.layout = layout_of_arrays(arrays)
-        layout = self._known
-        names = set(layout.names)
-        missing = [name for name in layout.names if name not in arrays]
-        if missing:
-            raise RequestError(
-                f"initial_arrays: {missing[0]!r}, which clients share, is missing; give"
-                " clients.flower_app.initial_arrays(model, recipe), or ArrayRecord(model.state_dict())"
-            )
-        self.weights = layout.flatten(tensors_of(arrays, layout.names))
-        self._others = {name: array for name, array in arrays.items() if name not in names}
-        self._order = list(arrays)
-
-    def _record(self) -> ArrayRecord:
-        own = record_of(named(self._known, self.weights))
-        return ArrayRecord({name: self._others.get(name) or own[name] for name in self._order})
+        self._names = MessageWeights(self._known, self.roll.aliases)
+        self.weights = self._names.take(arrays)
 
     def _context(self, round: int) -> Context:
         return Context(
@@ -464,14 +470,9 @@ def _absent(name: str) -> Callable[..., Any]:
     return refuse
 
 
-def _refuse(strategy: Composition) -> None:
-    if strategy.concurrency is not None:
+def _refuse(strategy: Composition, min_clients: int | None) -> None:
+    if strategy.noised and min_clients:
         raise RequestError(
-            "strategy: it takes a step whenever some clients have answered, and Flower's rounds wait for all; use"
-            " fedsim.run, or a strategy with rounds"
+            f"min_clients: {min_clients} would show, by a round that keeps the weights, how many clients were chosen;"
+            " under noise every round is a release, so leave it out"
         )
-
-
-def _kind(u: Updates) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Names and shapes of the statistics that are sent beside."""
-    return tuple(sorted((name, tuple(value.shape)) for name, value in u.sends.items()))

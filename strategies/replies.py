@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clients.evaluation import Total
+from clients.evaluation import Total, add_totals
 from clients.messages import EXAMPLES, TOTAL, tensors_of
+from clients.task import Task
+from clients.updates import Updates
 from clients.weights import Layout
 from strategies.client_hooks import PAYLOAD, SEND, STEPS, UPDATE, WEIGHT, codecs, decoded, hides
 from strategies.composition import Composition
@@ -21,12 +24,24 @@ from flwr.app import ArrayRecord, Message  # isort: skip
 _OWN = (EXAMPLES, STEPS, WEIGHT)
 
 
+class Dropped(NamedTuple):
+    """A reply that was left out, and why; the client is -1 where the node has not said who it is."""
+
+    round: int
+    node: int
+    client: int
+    why: str
+
+
 def contribution(arrays: ArrayRecord, strategy: Composition, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
     """The row ``[d]`` and the statistics ``[1, ...]`` of a client with the strategy's half."""
     tensors = tensors_of(arrays)
     sends = {name.removeprefix(SEND): value[None] for name, value in tensors.items() if name.startswith(SEND)}
     for name, value in sends.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_complex():
+            raise ValueError(f"{name!r} is complex; real numbers are needed")
+        # What is finite as float64 need not be in the server's state, which has the weights' dtype.
+        if value.is_floating_point() and not bool(torch.isfinite(value.to(layout.dtype)).all()):
             raise ValueError(f"{name!r} holds NaN or infinite values")
     if UPDATE in tensors:
         row = tensors[UPDATE]
@@ -93,6 +108,54 @@ def totals_of(said: Mapping[str, Any]) -> Total:
         for name, value in said.items()
         if name.startswith(TOTAL) and isinstance(value, list)
     }
+
+
+def examples_of(said: Mapping[str, Any], held: int | None) -> int:
+    """How many examples a reply speaks of; as many as the client ``held`` in the roll call, where it said that."""
+    examples = said.get(EXAMPLES)
+    if not isinstance(examples, int | float) or not 0 < examples < 2**53:
+        raise ValueError(f"its metrics say {EXAMPLES} = {examples}; a number above 0 is needed")
+    if held is not None and examples != held:
+        raise ValueError(f"its metrics say {EXAMPLES} = {examples}, and in the roll call it held {held}")
+    return int(examples)
+
+
+def kind_of(u: Updates) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Names and shapes of the statistics that are sent beside."""
+    return tuple(sorted((name, tuple(value.shape)) for name, value in u.sends.items()))
+
+
+def finite_state(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
+    """Whether nothing of a state has become NaN or infinite that was finite before."""
+
+    def finite(value: Any) -> bool:
+        return not isinstance(value, Tensor) or not value.is_floating_point() or bool(torch.isfinite(value).all())
+
+    return all(finite(value) or not finite(before.get(name)) for name, value in after.items())
+
+
+def judged(found: Mapping[int, Mapping[str, Any]], task: Task) -> dict[str, Any]:
+    """Metrics of clients' evaluations, by client: pooled by example and, as ``*_client_mean``, over clients."""
+    metrics = {**pooled(found), **_exactly_pooled(found, task)}
+    for name in list(metrics):
+        values = [float(said[name]) for said in found.values() if isinstance(said.get(name), int | float)]
+        if len(values) == len(found):
+            metrics[f"{name}_client_mean"] = float(np.mean(values))
+    examples = sum(int(said[EXAMPLES]) for said in found.values())
+    return {**metrics, EXAMPLES: examples, "clients": len(found)}
+
+
+def _exactly_pooled(found: Mapping[int, Mapping[str, Any]], task: Task) -> dict[str, float]:
+    """The metrics of all clients' examples together, where all clients tell the sums that theirs are made of."""
+    totals = [totals_of(found[client]) for client in sorted(found)]
+    kinds = {tuple((name, len(value)) for name, value in total.items()) for total in totals}
+    if len(kinds) != 1 or not totals[0]:
+        return {}
+    try:
+        whole: Total = reduce(add_totals, totals)
+        return {name: float(value) for name, value in task.metrics(whole).items()}
+    except (KeyError, IndexError, ArithmeticError):  # of another task than the server's
+        return {}
 
 
 def last_line(text: object) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from clients.errors import RequestError
-from clients.messages import CONFIG, ROLL_CALL, STRATEGY
+from clients.messages import ALIAS_OF, ALIASES, CONFIG, PLAIN, PROBLEM, REFUSED, ROLL_CALL, STRATEGY
 from clients.weights import Layout, Slot
 from strategies.client_hooks import ClientHooks, hides, told
 from strategies.composition import Composition
@@ -22,6 +22,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid  # isort: skip
 
 _log = logging.getLogger("flwr")
+
+#: Partitions from here on are a mistake: what is kept of clients would fill the memory.
+_MOST = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -71,21 +74,42 @@ class RollCall:
         strategy: what the server does.
         seed: of the server's draws.
         layout: what clients share, where it is known.
+        aliases: other names of tied parameters -> their names in the layout, likewise.
         least: how many nodes to wait for.
         timeout: seconds to wait for answers.
 
     Attributes:
         nodes: client -> the node that has its examples; those that are there.
         layout: what clients share, once one of them has said so.
+        aliases: the other names of that.
     """
 
-    def __init__(self, strategy: Composition, seed: int, layout: Layout | None, least: int, timeout: float):
+    def __init__(
+        self,
+        strategy: Composition,
+        seed: int,
+        layout: Layout | None,
+        aliases: Mapping[str, str],
+        least: int,
+        timeout: float,
+    ):
         self.strategy, self.seed, self.layout, self.least, self.timeout = strategy, seed, layout, least, timeout
+        self.aliases = dict(aliases)
         self.nodes: dict[int, Node] = {}
-        self._needs_hooks = not ClientHooks(strategy).alone
+        self._needs_hooks = not ClientHooks(strategy).plain
+        self._lost: dict[int, str] = {}
+        self._asked: set[int] = set()
 
-    def call(self, grid: Grid) -> None:
-        """Asks the nodes that are new who they are; those that have gone are not asked to train."""
+    def call(self, grid: Grid) -> dict[int, str]:
+        """Asks the nodes that are new who they are; those that have gone are not asked to train.
+
+        Returns:
+            Nodes that cannot take part -> why, those that are new among them. Those that did not answer are asked again
+            the next time.
+
+        Raises:
+            RequestError: where nobody can, and for clients that do not go with the strategy.
+        """
         ids = sorted(grid.get_node_ids())
         while len(ids) < self.least:
             _log.info("Waiting for nodes to connect: %d of %d.", len(ids), self.least)
@@ -94,24 +118,36 @@ class RollCall:
         here = set(ids)
         self.nodes = {client: node for client, node in self.nodes.items() if node.id in here}
         known = {node.id for node in self.nodes.values()}
-        new = [node for node in ids if node not in known]
+        new = [node for node in ids if node not in known and node not in self._asked]
         if not new:
-            return
+            return {}
         content = RecordDict({CONFIG: ConfigRecord({STRATEGY: told(self.strategy)})})
         messages = [Message(content, node, f"{MessageType.QUERY}.{ROLL_CALL}") for node in new]
         strangers: dict[int, str] = {}
+        lost = {node: f"no answer to the roll call within {self.timeout:g} s" for node in new}
         for reply in grid.send_and_receive(messages, timeout=self.timeout):
             node = reply.metadata.src_node_id
+            lost.pop(node, None)
+            self._asked.add(node)
             if reply.has_error():
                 strangers[node] = last_line(reply.error.reason)
                 continue
             try:
-                self._enrol(node, reply)
+                if (problem := _problem(node, reply)) is not None:
+                    lost[node] = problem
+                else:
+                    self._enrol(node, reply)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 strangers[node] = f"its answer is none: {first_line(error)}"
-        self._enrol_strangers(strangers, ids)
+        lost |= self._enrol_strangers(strangers, ids)
+        fresh = {node: why for node, why in lost.items() if self._lost.get(node) != why}
+        self._lost |= fresh
+        for node, why in fresh.items():
+            _log.warning("node %d cannot take part: %s", node, why)
         if not self.nodes:
-            raise RequestError(f"nodes: none of {len(ids)} has answered within {self.timeout:g} s who it is")
+            node, why = next(iter(self._lost.items()))
+            raise RequestError(f"nodes: none of {len(ids)} can take part; node {node}: {why}")
+        return fresh
 
     def _enrol(self, node: int, reply: Message) -> None:
         """Adds a client of fedsim's.
@@ -121,17 +157,19 @@ class RollCall:
         """
         numbers, said = numbers_of(reply), only(reply.content.config_records, "ConfigRecord")
         client, theirs = int(numbers["partition-id"]), str(said[STRATEGY])
+        if not 0 <= client < _MOST:
+            raise RequestError(f"nodes: {node} holds partition {client}; give partition-ids from 0 to {_MOST - 1}")
         if client in self.nodes:
             raise RequestError(
                 f"nodes: {self.nodes[client].id} and {node} both hold partition {client}; give each a partition-id of"
                 " its own"
             )
         hooks = theirs == told(self.strategy)
-        if not hooks and self._needs_hooks:
+        if not hooks and (self._needs_hooks or not said[PLAIN]):
             other = f"have {theirs}" if theirs else "have no hooks"
             raise RequestError(
-                f"hooks: the clients {other}, and this server's strategy is {told(self.strategy)}, a part of which they"
-                " carry out; give client_app(hooks = ...) the same strategy"
+                f"hooks: the clients {other}, and this server's strategy is {told(self.strategy)}, and clients carry"
+                " out a part; give client_app(hooks = ...) the same strategy"
             )
         if hides(self.strategy) and numbers["seed"] != self.seed:
             raise RequestError(
@@ -141,19 +179,25 @@ class RollCall:
         layout = _told_layout(said)
         if self.layout is None:
             self.layout = layout
+            self.aliases = dict(zip(said[ALIASES], said[ALIAS_OF], strict=True))
         elif layout != self.layout:
             raise RequestError(f"nodes: client {client} shares {layout!r} where others share {self.layout!r}")
         held = {name.removesuffix("-examples"): int(n) for name, n in numbers.items() if name.endswith("-examples")}
+        if any(not 0 <= count < 2**53 for count in held.values()):
+            raise ValueError(f"it says that it holds {held}")
         self.nodes[client] = Node(node, client, held, hooks)
 
-    def _enrol_strangers(self, strangers: Mapping[int, str], ids: list[int]) -> None:
-        """Nodes with another ClientApp are clients in the order of their ids; among fedsim's own they are left out."""
+    def _enrol_strangers(self, strangers: Mapping[int, str], ids: list[int]) -> Mapping[int, str]:
+        """Nodes with another ClientApp are clients in the order of their ids; among fedsim's own they are left out.
+
+        Returns:
+            Those that are left out, and why.
+        """
         if not strangers:
-            return
+            return {}
         node, why = next(iter(strangers.items()))
         if any(node.held for node in self.nodes.values()):
-            _log.warning("%d nodes do not say who they are and are left out; node %d: %s", len(strangers), node, why)
-            return
+            return strangers
         if self._needs_hooks:
             raise RequestError(
                 f"hooks: clients carry out a part of {told(self.strategy)}, and node {node} does not answer as one of"
@@ -168,6 +212,21 @@ class RollCall:
             client = places[node] if places[node] not in taken else max(taken) + 1
             self.nodes[client] = Node(node, client)
             taken.add(client)
+        return {}
+
+
+def _problem(node: int, reply: Message) -> str | None:
+    """Why a client of fedsim's cannot take part.
+
+    Raises:
+        RequestError: where it is the experiment that is wrong, and not the client.
+    """
+    said = only(reply.content.config_records, "ConfigRecord")
+    if PROBLEM not in said:
+        return None
+    if said[REFUSED]:
+        raise RequestError(f"{said[PROBLEM]} (node {node})")
+    return str(said[PROBLEM])
 
 
 def _told_layout(said: Mapping[str, Any]) -> Layout:

@@ -29,6 +29,7 @@ from fedsim.engines.wire import Channel
 
 _WAITING = 2  # chunks a worker holds: one at work, one to begin with at once
 _TRIES = 3
+_LATE = "took longer"  # how a loss by a time limit begins
 _BIG = 1 << 16  # bytes from which a result's tensor goes through shared memory
 
 # The driver's paths come first, so that the nursery finds the same packages.
@@ -282,7 +283,7 @@ class Processes(Engine):
                         continue
                     again = self._replace(worker, lost)
                     for back in reversed(again):
-                        if back.tries >= _TRIES:
+                        if back.tries >= (_TRIES if self._worthwhile(back, lost) else 1):
                             halves = self._halve(back, lost)
                             if halves:
                                 at = order.index(back)
@@ -334,7 +335,7 @@ class Processes(Engine):
             and self._deadline(worker) < time.monotonic()
             and not select.select([worker], [], [], 0)[0]
         ):
-            return f"took longer than {self.client_timeout:g} s a client"
+            return f"{_LATE} than {self.client_timeout:g} s a client"
         try:
             kind, number, *rest = worker.channel.receive()
         except EOFError:
@@ -368,6 +369,10 @@ class Processes(Engine):
         self._welcome(fresh)
         self.crew[self.crew.index(worker)] = fresh
         return jobs
+
+    def _worthwhile(self, job: _Job, why: str) -> bool:
+        """Whether a lost chunk may do better as it is: not where it says that it has had all the time that it may."""
+        return not why.startswith(_LATE) or getattr(job.chunk, "again_when_late", True)
 
     def _dismiss(self, worker: _Worker) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

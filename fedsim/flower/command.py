@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import sys
 import time
 import traceback
@@ -107,14 +108,20 @@ def simulate(request: Request, quiet: bool = False) -> dict[str, Any]:
     from fedsim.flower.simulation import simulate as run
 
     app = request.app
-    directory = request.out or _first_free(app.name)
     show = showing(quiet)
-    ledger = Ledger(directory, app, engine=request.engine, workers=request.workers, seed=request.seed, show=show)
+    ledger = Ledger(
+        request.out or _first_free(app.name),
+        app,
+        engine=request.engine,
+        workers=request.workers,
+        seed=request.seed,
+        show=show,
+    )
     ledger.begin(Nodes(app.supernodes).ids, request.engine, request.workers)
     began = time.monotonic()
     show.start(app.name, app.supernodes)
     try:
-        with _recorded(ledger, show), _imported(app), listening(ledger):
+        with _returning(), _recorded(ledger, show), _imported(app), listening(ledger):
             run(
                 app.server,
                 app.client,
@@ -130,13 +137,13 @@ def simulate(request: Request, quiet: bool = False) -> dict[str, Any]:
                 quiet=quiet,
             )
         summary = ledger.finish(time.monotonic() - began)
-        _write_report(directory, ledger, show)
+        _write_report(ledger, show)
     finally:
         show.stop()
         ledger.close()
         if request.out is None:
             with suppress(OSError):  # what holds a run stays
-                directory.rmdir()
+                ledger.directory.rmdir()
     return summary
 
 
@@ -153,25 +160,42 @@ def _imported(app: apps.App) -> Iterator[None]:
 
 
 @contextmanager
+def _returning() -> Iterator[None]:
+    """The current folder is as before when it ends: paths are shown relative to it."""
+    folder = os.getcwd()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+
+
+@contextmanager
 def _recorded(ledger: Any, show: Any) -> Iterator[None]:
-    """What ends the run early is recorded, and told in one line with the app's own traceback above it."""
+    """What ends the run early is recorded, and told in one line with the app's own traceback above it.
+
+    A server app that exits with code 0, or with none, has finished.
+    """
     try:
         yield
     except KeyboardInterrupt:
         if ledger.messages:
             ledger.event("interrupted", f"interrupted after {ledger.messages:,} messages")
-            told = f"interrupted; {ledger.directory} has the record, from which a Flower app cannot go on"
+            told = f"interrupted; {ledger.shown} has the record, from which a Flower app cannot go on"
             raise KeyboardInterrupt(told) from None
         raise
     except FedsimError as error:
         if ledger.messages:
             ledger.event("server_failed", " ".join(str(error).split()), _traceback(error))
         raise
-    except Exception as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    except BaseException as error:
+        from fedsim.flower.worker import told as text_of
+
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            return
+        said = " ".join(text_of(error).split())
         ledger.event("server_failed", said, _traceback(error))
         show.note(_traceback(error).rstrip())
-        raise RunError(f"{ledger.app.server}: {said}; {ledger.directory} has the record") from error
+        raise RunError(f"{ledger.app.server}: {said}; {ledger.shown} has the record") from error
 
 
 def _traceback(error: BaseException) -> str:
@@ -184,15 +208,15 @@ def _first_free(name: str) -> Path:
     return first_free(RUNS, name)
 
 
-def _write_report(directory: Path, ledger: Any, show: Any) -> None:
+def _write_report(ledger: Any, show: Any) -> None:
     """The run is done and saved; a report that cannot be written does not undo it."""
     from fedsim.report import write_report
 
     try:
-        write_report([directory])
+        write_report([ledger.shown])
     except Exception as error:
         ledger.event("report_failed", f"{type(error).__name__}: {error}")
-        show.note(f"the report could not be written ({error}); try again with: fedsim report {directory}")
+        show.note(f"the report could not be written ({error}); try again with: fedsim report {ledger.shown}")
 
 
 def lines(summary: Mapping[str, Any]) -> list[str]:

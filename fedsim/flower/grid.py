@@ -25,6 +25,7 @@ from fedsim.flower.worker import Chunk, Item, Reply
 
 _TARGET = 0.02  # seconds of work that a chunk of quick messages should hold
 _GRACE = 2.0  # seconds after its limit at which a worker that cannot be interrupted is ended
+_ENDLESS = 1e8  # seconds that no limit needs to be kept for
 _QUIET = 0.5  # seconds without another message after which a legacy server is taken to have sent all
 _POLLS, _PATIENCE = 10, 10.0  # of a server app that asks for nodes and sleeps, times and seconds
 _SHOWN = 3  # tracebacks a phase
@@ -38,6 +39,8 @@ class Ledger(Protocol):
     def answered(self, message: Message, done: int, asked: int) -> None: ...
 
     def failed(self, message: Message, text: str, traceback: str = "") -> None: ...
+
+    def dropped(self, message: Message, why: str) -> None: ...
 
     def phase(
         self, sent: Sequence[Message], replies: Sequence[Message], seconds: float, pids: Sequence[int]
@@ -207,12 +210,16 @@ class EngineGrid(Grid):
                 raise TypeError(f"only messages can be sent, not {type(message).__name__}")
             with self._lock:
                 self._made += 1
+                if message.metadata.message_id in self._known:  # sent before, and its reply is still to be taken
+                    message = compat.message(compat.metadata(vars(message.metadata)), message.content)
                 compat.assign(message, f"{self.run_id:016x}-{self._made:08x}")
                 meta = message.metadata
-                if meta.reply_to_message_id or meta.ttl <= 0 or not message.has_content():
+                if meta.reply_to_message_id or not meta.ttl > 0 or not message.has_content():
                     raise ValueError(f"Invalid message: {message}")
                 if meta.dst_node_id not in self.nodes:
                     dropped.append(meta.dst_node_id)
+                    if self.ledger is not None:
+                        self.ledger.dropped(message, f"there is no such node; the nodes are {self.nodes}")
                     continue
                 sent = _Sent(
                     message,
@@ -325,7 +332,8 @@ class EngineGrid(Grid):
             for result in results:
                 part = wave[place : place + len(result.chunk.items)]
                 place += len(part)
-                for line in result.retries:
+                # The last loss of a chunk that is given up is no retry.
+                for line in result.retries if result.answer is not None else result.retries[:-1]:
                     self._say_again(part, line)
                 if result.answer is None:
                     for sent in part:
@@ -369,7 +377,8 @@ class EngineGrid(Grid):
         """The engine's own limit ends workers that cannot be interrupted: code that holds the interpreter."""
         if self.here or not hasattr(self.engine, "client_timeout"):
             return
-        self.engine.client_timeout = max(map(self._seconds, wave)) * longest + _GRACE
+        limit = max(map(self._seconds, wave)) * longest + _GRACE
+        self.engine.client_timeout = limit if limit < _ENDLESS else None
 
     def _close(self, sent: _Sent, reply: Reply, blobs: Sequence[bytes], pid: int, close: Any) -> None:
         """Turns a worker's reply into a message."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import platform
 import sys
 import threading
@@ -102,7 +103,8 @@ class Ledger:
         seed: int = 0,
         show: Shown | None = None,
     ):
-        self.directory, self.app = directory, app
+        # Absolute, for the app may change the current folder; shown as it was given.
+        self.directory, self.shown, self.app = Path(os.path.abspath(directory)), directory, app
         self.planned: int | None = None
         self.strategy: str | None = None
         self.messages = 0
@@ -118,6 +120,7 @@ class Ledger:
         self._failures: dict[str, tuple[str, str]] = {}  # message id -> what its phase will tell of it
         self._unheard: set[str] = set()
         self._evaluated: dict[str, tuple[int, dict[str, float]]] = {}
+        self._epsilon: float | None = None  # privacy spent so far
         self._totals = Counter[str]()
         self._lock = threading.RLock()
         self._started = self._mark = time.monotonic()
@@ -153,6 +156,14 @@ class Ledger:
         """
         with self._lock:
             self._failures[message.metadata.message_id] = (text, traceback)
+
+    def dropped(self, message: Message, why: str) -> None:
+        """A message went nowhere."""
+        with self._lock:
+            current = self._of(*self._place([message]))
+            meta = message.metadata
+            text = f"node {meta.dst_node_id}, {meta.message_type}: not sent: {' '.join(why.split())}"
+            current.events.append(Event(current.number, "not_sent", text, None, meta.message_type))
 
     def phase(self, sent: Sequence[Message], replies: Sequence[Message], seconds: float, pids: Sequence[int]) -> None:
         """One exchange is over: a ``send_and_receive``, or what was pulled of one push.
@@ -193,13 +204,16 @@ class Ledger:
             current.bytes_up += size(reply.content)
             examples, metrics = values(reply.content)
             row = asked.rows.setdefault(client, {"client": client})
+            if _trains(message):
+                self._spend(metrics)
             row |= metrics if examples is None else {"examples": examples, **metrics}
             return
         asked.failed.add(client)
         told = self._failures.pop(message.metadata.message_id, None)
         kind = "no_reply" if reply is None and told is None else "client_failed"
         text, traceback = told or (problem, "")
-        text = f"client {client}, {stage}: {text}"
+        text = f"client {client}, {stage}: {' '.join(text.split())}"
+        self._totals["failures"] += 1
         current.events.append(Event(current.number, kind, text, client, stage, traceback))
 
     # ------------------------------------------------------------------------------------- what the server tells
@@ -223,7 +237,14 @@ class Ledger:
                 if self._open is not None and self._open.label is not None and number > self._last:
                     self._open.number = min(number, self._open.number)  # what was asked before the rounds began
                 current = self._of(number)
+                if split == TRAIN:
+                    self._spend(numbers)
                 current.metrics[split] = {**current.metrics.get(split, {}), **numbers}
+
+    def _spend(self, numbers: Mapping[str, float]) -> None:
+        """Takes an epsilon that somebody reports: the largest counts, for a mean over clients says too little."""
+        if "epsilon" in numbers:
+            self._epsilon = max(numbers["epsilon"], self._epsilon or 0.0)
 
     def unheard(self, method: str, error: Exception) -> None:
         """What a method of the server's returned is nothing that can be recorded; said once for each."""
@@ -300,6 +321,7 @@ class Ledger:
             seconds=seconds,
             train_seconds=_covered(current.spans),
             metrics=metrics,
+            epsilon=self._epsilon,
             client_metrics=[{"split": CLIENT_TEST, **row} for row in judged if len(row) > 2],
         )
 
@@ -410,7 +432,7 @@ class Ledger:
         named = [name for name in found if name not in ("loss", "examples")]
         primary = "accuracy" if "accuracy" in named or not found else named[0] if named else "loss"
         return {
-            "out": str(self.directory),
+            "out": str(self.shown),
             "name": self.app.name,
             "rounds": max(self._last, 0),
             "metric_name": primary,
@@ -423,10 +445,11 @@ class Ledger:
             "parameters": sum(array.size for _, array in self._arrays) or None,
             "bytes_up": self._totals["bytes_up"],
             "bytes_down": self._totals["bytes_down"],
-            "epsilon": None,
+            "epsilon": self._epsilon,
             "seconds": seconds,
             "events": self._totals["events"],
             "messages": self.messages,
+            "failures": self._totals["failures"],
             "notes": _notes(split),
         }
 

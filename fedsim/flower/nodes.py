@@ -11,6 +11,8 @@ from fedsim.flower.parcels import Packed
 #: Partition 0's node. Large, so that a node's id is not taken for a partition's; in order, so that samples repeat.
 FIRST = 1_000_000
 
+_OWN = ("partition-id", "num-partitions")
+
 NodeConfig = Mapping[str, Any] | Callable[[int], Mapping[str, Any]]
 
 
@@ -30,6 +32,7 @@ class Nodes:
             raise RequestError(f"num_supernodes: {count!r} is not a whole number of at least 1")
         self.ids = range(FIRST, FIRST + count)
         self.config = config
+        self.extra(FIRST)  # what is wrong with the first node's is said at once
         self.numbers: dict[int, int] = {}
         self.states: dict[int, Packed] = {}
 
@@ -50,6 +53,9 @@ class Nodes:
         found = self.config(self.partition(node)) if callable(self.config) else self.config
         if not isinstance(found, Mapping):
             raise RequestError(f"node_config: {type(found).__name__} is not a mapping of settings")
+        for name in _OWN:
+            if name in found:
+                raise RequestError(f"node_config: {name!r} is the simulation's own setting; take another name")
         return dict(found)
 
     def count(self, node: int) -> int:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clients import catalog, randomness
 from clients.errors import RequestError
 from fedsim import kinds  # noqa: F401  (of things that have names, engines among them)
@@ -75,7 +77,10 @@ def simulate(
 
     Before each message a ClientApp's random, NumPy and torch generators are seeded from the seed, the node and the
     number of its message. The server app's are its own: an app object finds them as you left them; an app given by name
-    finds them seeded with ``seed``.
+    finds them seeded with ``seed``. After each message the current folder, the environment and torch's default dtype,
+    gradient mode and threads are as before it. What a ClientApp keeps elsewhere in its process, such as globals of its
+    modules and what it patches in others, reaches other clients that the same worker handles later: keep in
+    ``context.state`` what is to last.
 
     Args:
         server_app: the ServerApp, or ``"package.module:app"``.
@@ -127,6 +132,7 @@ def simulate(
                     seed,
                     quiet,
                     here,
+                    torch.get_default_dtype(),
                 )
                 hands.start(setup)
                 if isinstance(server_app, str):
@@ -179,12 +185,16 @@ def _check(
         wrong.append(f"workers: {workers!r} is not a whole number of at least 1")
     if isinstance(seed, bool) or not isinstance(seed, int):
         wrong.append(f"seed: {seed!r} is not a whole number")
-    if client_timeout is not None and not client_timeout > 0:
+    if client_timeout is not None and not (_real(client_timeout) and client_timeout > 0):
         wrong.append(f"client_timeout: {client_timeout!r} is not a number of seconds above 0")
-    if not 0 <= dropout < 1:
+    if not (_real(dropout) and 0 <= dropout < 1):
         wrong.append(f"dropout: {dropout!r} is not a probability of at least 0 and below 1")
     if wrong:
         raise RequestError(wrong)
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _client(app: ClientApp | str, folder: str | None, here: bool) -> Any:

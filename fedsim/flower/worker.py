@@ -8,6 +8,7 @@ import gc
 import importlib
 import importlib.util
 import io
+import os
 import pickle
 import random
 import signal
@@ -17,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle
 import numpy as np
@@ -31,6 +32,7 @@ from fedsim.flower.compat import ClientApp, Context, Message, RecordDict
 from fedsim.flower.parcels import Blobs, Shelf, ends, joined, moved, packed, unpack
 
 _AGAIN = 0.25  # seconds after which a client that swallowed its interruption is interrupted again
+_LONGEST = 1e8  # seconds; timers take no more
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Messages that one worker handles in one go. It has no length: an engine's time limit is for all of it."""
+    """Messages that one worker handles in one go. It has no length: an engine's time limit is for all of it.
+
+    One that took too long could not be interrupted, and is not tried again.
+    """
 
     items: tuple[Item, ...]
+    again_when_late: ClassVar[bool] = False
 
     def split(self) -> list[Chunk]:
         half = len(self.items) // 2
@@ -238,6 +244,7 @@ class Setup:
         seed: the simulation's seed.
         quiet: of Flower's own log only errors.
         here: the worker is in the server's own process.
+        dtype: torch's default dtype, as the caller has it.
     """
 
     app: Named | Whole | Here
@@ -247,6 +254,7 @@ class Setup:
     seed: int = 0
     quiet: bool = False
     here: bool = False
+    dtype: torch.dtype = torch.float32
 
     def __call__(self) -> Worker:
         return Worker(self)
@@ -266,14 +274,14 @@ class Worker:
         if not setup.here:
             compat.same_task(setup.run_id)
             torch.set_num_threads(1)
+            torch.set_default_dtype(setup.dtype)
             if setup.quiet:
                 compat.logger.setLevel("ERROR")
         self.app = setup.app.load()
+        self.surroundings = Surroundings.now()
         if not setup.here:
             gc.freeze()  # Flower's own conversions collect garbage once a message
         self.interrupts = not setup.here and hasattr(signal, "setitimer") and compat.thread_is_main()
-        if self.interrupts:
-            signal.signal(signal.SIGALRM, _late)
 
     def handle(self, chunk: Chunk, broadcast: Mapping[str, Any]) -> Answer:
         """Answers a chunk's messages, in order.
@@ -287,7 +295,7 @@ class Worker:
             self.phase = broadcast["phase"]
             self.blobs = broadcast["blobs"] if self.setup.here else Blobs(broadcast["block"], broadcast["ends"])
         shelf = Shelf()
-        with _undisturbed() if self.setup.here else contextlib.nullcontext():
+        with _undisturbed(self.surroundings) if self.setup.here else contextlib.nullcontext():
             replies = [self._answer(item, shelf) for item in chunk.items]
         if self.setup.here:
             return Answer((replies, shelf.blobs))
@@ -311,10 +319,16 @@ class Worker:
                 return Reply(late=True)
             return replace(self._packed(reply, item, context, before, shelf), late=late)
         except Late:
-            return Reply(late=True)
-        except (Exception, SystemExit) as error:
-            said = f"{type(error).__name__}: {error}"
+            if time.monotonic() - begun >= min(item.limit, _LONGEST):
+                return Reply(late=True)
+            said = "the ClientApp was interrupted by a timer (SIGALRM) that it had set itself"
             return Reply(error=(compat.CLIENT_RAISED, said), traceback=traceback.format_exc())
+        except BaseException as error:  # whatever a ClientApp raises is its own failure, and nobody else's
+            if setup.here and isinstance(error, KeyboardInterrupt):
+                raise
+            return Reply(error=(compat.CLIENT_RAISED, told(error)), traceback=traceback.format_exc())
+        finally:
+            self.surroundings.restore()
 
     def _packed(self, reply: Any, item: Item, context: Context, before: Any, shelf: Shelf) -> Reply:
         if not isinstance(reply, Message):
@@ -323,7 +337,8 @@ class Worker:
             )
         given = dict(reply.metadata.__dict__)
         if given["_reply_to_message_id"] != item.metadata["_message_id"]:
-            raise ValueError("the ClientApp returned a message that is no reply to the one it got (reply_to=message)")
+            kind = f"an error ({reply.error.reason or reply.error.code})" if reply.has_error() else "a message"
+            raise ValueError(f"the ClientApp returned {kind} that is no reply to the one it got (reply_to=message)")
         if not isinstance(context.state, RecordDict):
             raise TypeError(
                 f"the ClientApp left a {type(context.state).__name__} as its context's state, no RecordDict"
@@ -343,7 +358,8 @@ class Worker:
         if not self.interrupts:
             yield
             return
-        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), _AGAIN)
+        signal.signal(signal.SIGALRM, _late)  # each time: a ClientApp may have set another
+        signal.setitimer(signal.ITIMER_REAL, min(max(seconds, 1e-3), _LONGEST), _AGAIN)
         try:
             yield
         finally:
@@ -352,6 +368,58 @@ class Worker:
 
 def _late(number: int, frame: Any) -> None:
     raise Late
+
+
+def told(error: BaseException) -> str:
+    """An exception's type and text, also where making the text fails."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "its text cannot be made"
+    return f"{type(error).__name__}: {text}"
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a ClientApp may change for all that run after it in its process.
+
+    Attributes:
+        folder: the current one; ``None`` where it is gone.
+        environment: the environment's variables.
+        dtype: torch's default dtype.
+        gradients: whether torch records operations.
+    """
+
+    folder: str | None
+    environment: dict[str, str]
+    dtype: torch.dtype
+    gradients: bool
+
+    @classmethod
+    def now(cls) -> Surroundings:
+        return cls(_folder(), dict(os.environ), torch.get_default_dtype(), torch.is_grad_enabled())
+
+    def restore(self) -> None:
+        """Makes everything as it was, and one thread, as every worker has it."""
+        if self.folder is not None and self.folder != _folder():
+            with contextlib.suppress(OSError):
+                os.chdir(self.folder)
+        if os.environ != self.environment:
+            os.environ.clear()
+            os.environ.update(self.environment)
+        if torch.get_default_dtype() != self.dtype:
+            torch.set_default_dtype(self.dtype)
+        if torch.is_grad_enabled() != self.gradients:
+            torch.set_grad_enabled(self.gradients)
+        if torch.get_num_threads() != 1:
+            torch.set_num_threads(1)
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
 
 
 def seed_everything(key: int) -> None:
@@ -365,14 +433,16 @@ def seed_everything(key: int) -> None:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """One thread, as every worker has it; afterwards the server's random state and threads are as before."""
+def _undisturbed(surroundings: Surroundings) -> Iterator[None]:
+    """Surroundings as every worker has them; afterwards the server's, its random state and threads are as before."""
+    before = Surroundings.now()
     states, threads = (random.getstate(), np.random.get_state(), torch.get_rng_state()), torch.get_num_threads()
-    torch.set_num_threads(1)
+    surroundings.restore()
     try:
         with _blas().limit(limits=1):
             yield
     finally:
+        before.restore()
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])

@@ -25,6 +25,12 @@ def sentence(facts: Facts) -> str:
     """What the run came to, in one sentence; the first thing that a reader sees."""
     examples = f" (n = {n.count(facts.examples, 'example')})" if facts.examples else ""
     if facts.last(facts.primary) is None:
+        if (loss := facts.last("loss")) is not None:
+            said = f"{n.metric('loss', loss)} {words(facts.split)} loss{examples}"
+            if facts.finished:
+                return f"{facts.strategy} reached {said} after {n.count(facts.done, 'round')}."
+            done = f"{facts.done} of {n.count(facts.planned, 'round')}"
+            return f"{facts.strategy} stands at {said}; the run is unfinished, with {done} done."
         return f"{facts.strategy} has no evaluation yet: {facts.done} of {n.count(facts.planned, 'round')} are done."
     rounds = n.count(facts.evaluated, "round")
     if facts.finished:
@@ -50,10 +56,13 @@ def sentence_of_several(runs: Sequence[Facts]) -> str:
 
 def tiles(facts: Facts) -> Html:
     """The figures that a reader looks for first."""
-    value = n.metric(facts.primary, facts.last(facts.primary))
-    shown = [_tile(f"{words(facts.split)} {words(facts.primary)}", value, _spread(facts))]
+    value, loss = facts.last(facts.primary), facts.last("loss")
+    shown = []
+    if value is not None or loss is None:
+        name = f"{words(facts.split)} {words(facts.primary)}"
+        shown.append(_tile(name, n.metric(facts.primary, value), _spread(facts)))
     if facts.primary != "loss":
-        shown.append(_tile(f"{words(facts.split)} loss", n.metric("loss", facts.last("loss"))))
+        shown.append(_tile(f"{words(facts.split)} loss", n.metric("loss", loss)))
     if facts.attacked:
         success = n.metric("accuracy", facts.last("accuracy", ATTACK))
         shown.append(_tile(measure(ATTACK, "accuracy"), success, _spread(facts, ATTACK)))

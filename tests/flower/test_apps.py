@@ -238,3 +238,47 @@ def test_a_client_that_raises_and_a_server_that_does_are_told_apart(
     ]
     assert "raise ValueError('no such file')" in run.events["traceback"][0]
     assert [row["completed"] for row in run.rounds()] == [5, 5, 5]
+
+
+def _with_server_end(app: Callable[..., Path], name: str, ending: str) -> Path:
+    """An app of its own package name whose server does something after its last round."""
+    there = app("quickstart-numpy", ("numpyexample", name))
+    (there / "numpyexample").rename(there / name)
+    for file in (there / name).glob("*.py"):
+        file.write_text(file.read_text().replace("numpyexample", name))
+    server = there / name / "server_app.py"
+    server.write_text(server.read_text().replace("    print(", f"    {ending}\n    print("))
+    return there
+
+
+@pytest.mark.parametrize("ending", ["raise SystemExit", "exit(0)"])
+def test_a_server_that_exits_well_has_finished(app: Callable[..., Path], folder: Path, ending: str) -> None:
+    there = _with_server_end(app, f"exits{len(ending)}", ending)
+    summary = command.simulate(command.read(there, engine="inline", out=folder / "run"), quiet=True)
+    run = fedsim.load(folder / "run")
+    assert summary["rounds"] == len(run.rounds()) == 3
+    assert run.summary is not None
+    assert (folder / "run" / "report.html").exists()
+
+
+def test_a_server_that_exits_with_a_code_has_failed(
+    app: Callable[..., Path], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    there = _with_server_end(app, "exitscode", "exit(4)")
+    assert cli.main(["simulate", str(there), "--engine", "inline", "--out", "run", "--quiet"]) == 1
+    assert capfd.readouterr().err.splitlines()[-1] == ("exitscode.server_app:app: SystemExit: 4; run has the record")
+    run = fedsim.load(folder / "run")
+    assert run.summary is None
+    assert run.events["kind"].tolist() == ["server_failed"]
+    assert len(run.rounds()) == 3
+
+
+def test_a_server_that_changes_the_folder_does_not_split_its_record(app: Callable[..., Path], folder: Path) -> None:
+    there = _with_server_end(app, "movesaway", "import os; os.chdir('/')")
+    client = there / "movesaway" / "client_app.py"
+    client.write_text(client.read_text().replace("    # Simulate local training\n", "    import os; os.chdir('/')\n"))
+    summary = command.simulate(command.read(there, engine="inline"), quiet=True)
+    assert Path.cwd() == folder
+    assert summary["out"] == "runs/quickstart-numpy"
+    assert len(fedsim.load(folder / "runs" / "quickstart-numpy").rounds()) == 3
+    assert (folder / "runs" / "quickstart-numpy" / "report.html").exists()

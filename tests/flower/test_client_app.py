@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import strategies
 from clients import Recipe, RequestError
 from clients.flower_app import client_app, initial_arrays, prepared
+from clients.task import Classification
 from strategies.client_hooks import ClientHooks
 from tests.flower.small_grid import SmallGrid
 from tests.flower.worlds import Net, NormNet
@@ -183,6 +184,92 @@ def test_two_different_strategies_are_named() -> None:
     assert "and the server Strategy(correction=Prox(mu=0.1)" in told
 
 
+# ------------------------------------------------------------------------------------- what the server's word changes
+
+
+def trained_from(made: ClientApp, arrays: ArrayRecord, kind: str = "train", **config: Any) -> Message:
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord({"server-round": 1, **config})})
+    (reply,) = SmallGrid(made, 1).send_and_receive([Message(content, 1000, kind)])
+    return reply
+
+
+#: What a server of fedsim's says, which sends all arrays in every round.
+RUN = {"fedsim-run": "first"}
+
+
+def other_model(net: type[nn.Module] = Net) -> nn.Module:
+    torch.manual_seed(9)
+    return net()
+
+
+@pytest.mark.parametrize("execution", ["loop", "stacked"])
+def test_frozen_weights_that_are_sent_are_those_that_the_client_trains_and_is_judged_on(execution: str) -> None:
+    recipe = RECIPE.model_copy(update={"freeze": ("body.*",), "execution": execution})
+    sent = ArrayRecord(other_model().state_dict())
+    mine, theirs = app(recipe), app(recipe, other_model())
+    for kind, key in (("train", "arrays"), ("evaluate", "metrics")):
+        own = trained_from(mine, ArrayRecord(prepared(Net, recipe).state_dict()), kind, **RUN).content[key]
+        answer = trained_from(mine, sent, kind, **RUN).content[key]
+        assert answer == trained_from(theirs, sent, kind).content[key]
+        assert answer != own
+        # What was sent once is not there for another run.
+        again = trained_from(mine, ArrayRecord(prepared(Net, recipe).state_dict()), kind, **RUN).content[key]
+        assert again == own
+
+
+def test_a_server_that_will_not_send_frozen_weights_again_must_not_send_others() -> None:
+    recipe = RECIPE.model_copy(update={"freeze": ("body.*",)})
+    told = reason(trained_from(app(recipe), ArrayRecord(other_model().state_dict())))
+    assert "weights: 'body.0.weight' is frozen, and the server sends other values than the client's" in told
+    assert not trained_from(app(recipe), ArrayRecord(prepared(Net, recipe).state_dict())).has_error()
+
+
+def test_a_frozen_batch_norm_goes_by_the_statistics_that_are_sent() -> None:
+    def published(shift: float) -> nn.Module:
+        model = other_model(NormNet)
+        model.body[1].running_mean += shift
+        return model
+
+    recipe = RECIPE.model_copy(update={"freeze": ("body.*",)})
+    sent = ArrayRecord(published(2.0).state_dict())
+    answer = trained_from(app(recipe, published(1.0)), sent, **RUN).content["arrays"]
+    assert answer == trained_from(app(recipe, published(2.0)), sent).content["arrays"]
+    assert (
+        answer != trained_from(app(recipe, published(1.0)), ArrayRecord(published(1.0).state_dict())).content["arrays"]
+    )
+    told = reason(trained_from(app(recipe, NormNet), sent, **RUN))
+    assert "the batch norm 'body.1' is frozen, and the server sends statistics of it" in told
+
+
+def test_flowers_fedprox_brings_its_proximal_term() -> None:
+    first = ArrayRecord(prepared(Net, RECIPE).state_dict())
+    term = RECIPE.regularization.model_copy(update={"proximal": 5.0})
+    held = app(RECIPE.model_copy(update={"regularization": term}))
+    answer = trained_from(app(), first, **{"proximal-mu": 5.0}).content["arrays"]
+    assert answer == trained_from(held, first).content["arrays"]
+    assert answer == trained_from(held, first, **{"proximal-mu": 5.0}).content["arrays"]
+    assert answer != trained_from(app(), first).content["arrays"]
+    assert "the server says 1, and the client has a proximal term of 5" in reason(
+        trained_from(held, first, **{"proximal-mu": 1.0})
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"lr": 0.5}, "config.lr: the server says 0.5, and the client trains by its recipe's 0.1"),
+        ({"local-epochs": 3}, "config.local-epochs: the server says 3"),
+        ({"proximal-mu": -1.0}, "config.proximal-mu: -1.0 given; give a number from 0"),
+    ],
+)
+def test_what_the_server_says_of_training_and_the_client_does_not_do_is_refused(config: dict, said: str) -> None:
+    assert reason(asked(app(), **config)).startswith(f"clients.errors.RequestError: {said}")
+
+
+def test_what_the_server_says_as_the_client_has_it_is_no_difference() -> None:
+    assert asked(app(), lr=0.1, epochs=1, optimizer="sgd", note="x").content["arrays"] == asked(app()).content["arrays"]
+
+
 # ---------------------------------------------------------------------------------------------------- data
 
 
@@ -202,12 +289,25 @@ class Splits:
         lambda partition: {name: column.numpy() for name, column in columns(partition).items()},
         lambda partition, of: columns(partition) if of == 3 else None,
         lambda partition: (columns(partition), columns(partition + 1000)),
+        lambda partition: tuple(columns(partition).values()),
+        lambda partition: (tuple(columns(partition).values()), tuple(columns(partition + 1000).values())),
         pairs,
         lambda partition: DataLoader(pairs(partition), batch_size=4),
         lambda partition: [{"x": x, "y": y} for x, y in pairs(partition)],
         Splits,
     ],
-    ids=["columns", "arrays", "number of partitions", "two splits", "pairs", "loader", "dicts", "object"],
+    ids=[
+        "columns",
+        "arrays",
+        "number of partitions",
+        "two splits",
+        "x, y",
+        "two x, y",
+        "pairs",
+        "loader",
+        "dicts",
+        "object",
+    ],
 )
 def test_examples_come_in_many_forms_and_train_alike(given: Any) -> None:
     assert asked(app(data=given)).content["arrays"] == asked(app()).content["arrays"]
@@ -261,6 +361,18 @@ def test_batch_norm_is_judged_by_the_clients_own_statistics(by: str) -> None:
     assert np.isfinite(asked(None, "evaluate", grid=grid, norm=True).content["metrics"]["loss"])
 
 
+class Exact(Classification):
+    """A task whose metrics are NumPy's numbers."""
+
+    def metrics(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        return {name: np.float32(value) for name, value in super().metrics(totals).items()}  # type: ignore[misc]
+
+
+def test_metrics_may_be_numpys_numbers() -> None:
+    told, plain = (asked(app(task=task), "evaluate").content["metrics"] for task in (Exact(), None))
+    assert told["accuracy"] == pytest.approx(plain["accuracy"], rel=1e-6)
+
+
 def test_a_client_without_test_examples_says_so() -> None:
     told = reason(asked(app(data=columns), "evaluate"))
     assert told.startswith("clients.errors.RequestError: data: partition 0 has no test examples")
@@ -305,6 +417,26 @@ def test_a_node_without_a_partition_is_told_how_to_get_one() -> None:
     assert "node_config: has no 'partition-id'" in reason(asked(None, grid=grid))
 
 
+@pytest.mark.parametrize(("partition", "said"), [(-1, "-1 given; give one from 0"), (3, "3 given; give one from 0")])
+def test_a_partition_that_there_is_not_is_refused(partition: int, said: str) -> None:
+    grid = SmallGrid(app(), 3)
+    grid.contexts[1000].node_config["partition-id"] = partition
+    assert f"node_config.partition-id: {said}" in reason(asked(None, grid=grid))
+
+
+def test_a_run_whose_state_another_run_took_the_place_of_is_refused() -> None:
+    grid = SmallGrid(app(), 3)
+    for run in ("first", "first", "second"):
+        assert not asked(None, grid=grid, **{"fedsim-run": run}).has_error()
+    assert "run: another run has begun on this node" in reason(asked(None, grid=grid, **{"fedsim-run": "first"}))
+    assert not asked(None, grid=grid, **{"fedsim-run": "second"}).has_error()
+
+
+PRIVATE: dict[str, Any] = {"dp_sgd": {"noise_multiplier": 1.0}}
+PHASES: dict[str, Any] = {"personal": ["head"], "personal_epochs": 1}
+NOISE = strategies.Strategy(plugins=[strategies.LocalNoise(noise_multiplier=1.0)])
+
+
 @pytest.mark.parametrize(
     ("recipe", "options", "said"),
     [
@@ -316,6 +448,23 @@ def test_a_node_without_a_partition_is_told_how_to_get_one() -> None:
         ({"optimizer": "adam"}, {"hooks": ClientHooks(strategies.Scaffold())}, "client.optimizer: 'adam' moves"),
         ({}, {"hooks": "scaffold"}, "hooks: 'scaffold' is no strategy"),
         ({}, {"model": lambda: 3}, "model: int is not a torch.nn.Module"),
+        ({}, {"model": "mlp"}, "model: str given; give a torch.nn.Module"),
+        ({}, {"data": [1]}, "data: list given; give a function of partition_id"),
+        ({}, {"seed": -1}, "seed: -1 given; give a whole number from 0"),
+        ({}, {"seed": "7"}, "seed: '7' given; give a whole number from 0"),
+        ({}, {"batch_size": 0}, "batch_size: 0 given; give a whole number from 1"),
+        ({}, {"batch_norm": "stored"}, "batch_norm: 'stored' given; give one of clients, clients_stored, batch"),
+        ({}, {"rounds": 0}, "rounds: 0 given; give a whole number from 1"),
+        ({}, {"mods": fixedclipping_mod}, "mods: <function fixedclipping_mod"),
+        ({}, {"evaluate_mods": ["clip"]}, "evaluate_mods: ['clip'] given"),
+        ({}, {"hooks": strategies.FedBuff()}, "strategy: it takes a step whenever some clients have answered"),
+        ({"regularization": {"proximal": 0.1}}, {"hooks": strategies.FedProx()}, "client.regularization.proximal: the"),
+        ({**PRIVATE, "early_stopping": {}}, {}, "client.early_stopping: it looks at validation examples"),
+        ({**PRIVATE, **PHASES}, {}, "client.personal_epochs: what client.dp_sgd releases"),
+        ({**PHASES, "early_stopping": {}}, {}, "client.early_stopping: it would stop a client in its epochs"),
+        ({**PHASES, "optimizer_state": "keep"}, {}, "client.optimizer_state: 'keep' does not go with"),
+        (PRIVATE, {"hooks": NOISE}, "client.dp_sgd: its epsilon is of examples, that of the strategy's noise"),
+        (PRIVATE, {"hooks": strategies.DPFedAvg()}, "client.dp_sgd: its epsilon is of examples"),
         ({"personal": ["tail"]}, {}, "client.personal: "),
     ],
 )
@@ -324,6 +473,11 @@ def test_a_recipe_that_cannot_run_is_refused_in_one_line(recipe: dict, options: 
         app(Recipe(**recipe), **options)
     assert len(caught.value.problems) == 1
     assert str(caught.value).startswith(said)
+
+
+def test_a_recipe_that_is_a_table_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"^recipe: dict given; give a clients\.Recipe"):
+        client_app({"lr": 0.1}, Net, data)
 
 
 def test_a_schedule_that_needs_the_number_of_rounds_asks_for_it() -> None:

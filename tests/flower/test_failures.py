@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Context, Message
+from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
@@ -171,6 +174,99 @@ def test_drop_outs_are_errors_drawn_from_the_seed():
     assert 15 < codes.count(compat.NODE_UNAVAILABLE) < 60
 
 
+class Odd(BaseException):
+    """No Exception, and without a text."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class MuteError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize("engine", ["inline", "processes"])
+@pytest.mark.parametrize("kind", [Odd, MuteError, GeneratorExit])
+def test_whatever_a_client_raises_is_one_error_with_its_traceback(
+    engine: str, kind: type[BaseException], said: pytest.LogCaptureFixture
+):
+    app = ClientApp()
+
+    @app.train()
+    def raises(message: Message, context: Context) -> Message:
+        raise kind
+
+    def server(grid: Grid, context: Context) -> Any:
+        return grid.send_and_receive([asked(node, "train") for node in grid.get_node_ids()])
+
+    (reply,) = run(server, 1, app, engine=engine, workers=None if engine == "inline" else 1, quiet=False)
+    assert reply.error.code == compat.CLIENT_RAISED
+    assert reply.error.reason.startswith(f"{kind.__name__}: ")
+    assert "in raises" in said.text
+    assert "it was run again" not in said.text
+
+
+def test_an_error_that_is_no_reply_is_quoted():
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        reply = Message(Error(42, "my own reason"), reply_to=message)
+        reply.metadata.__dict__["_reply_to_message_id"] = "another"
+        return reply
+
+    (reply,) = run(lambda grid, _: grid.send_and_receive([asked(n, "train") for n in grid.get_node_ids()]), 1, app)
+    assert "an error (my own reason) that is no reply" in reply.error.reason
+
+
+def test_a_hang_that_cannot_be_interrupted_is_ended_once(
+    monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(grid_module, "_GRACE", 0.2)
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1:
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
+            time.sleep(30)
+        return Message(RecordDict(), reply_to=message)
+
+    def server(grid: Grid, context: Context) -> Any:
+        return grid.send_and_receive([asked(node, "train") for node in grid.get_node_ids()])
+
+    begun = time.monotonic()
+    replies = run(server, 3, app, engine="processes", workers=1, client_timeout=0.3, quiet=False)
+    assert time.monotonic() - begun < 4
+    assert errors(replies) == [None, compat.CLIENT_CRASHED, None]
+    assert "took longer than 0.3 s" in replies[1].error.reason
+    assert "it was run again" not in said.text
+
+
+def test_a_timer_of_the_clients_own_is_not_taken_for_the_limit():
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        time.sleep(5)
+        return Message(RecordDict(), reply_to=message)
+
+    def server(grid: Grid, context: Context) -> Any:
+        return grid.send_and_receive([asked(node, "train") for node in grid.get_node_ids()])
+
+    (reply,) = run(server, 1, app, engine="processes", workers=1)
+    assert "a timer (SIGALRM) that it had set itself" in reply.error.reason
+
+
+def test_a_message_may_live_for_ever():
+    def server(grid: Grid, context: Context) -> Any:
+        return grid.send_and_receive([asked(node, ttl=math.inf) for node in grid.get_node_ids()])
+
+    assert errors(run(server, engine="processes", workers=1)) == [None, None, None]
+
+
 # ------------------------------------------------------------------------------------------------- waits without end
 
 
@@ -228,6 +324,10 @@ def test_a_server_that_works_or_sends_between_its_questions_does_not_wait(monkey
         ({"workers": 0}, "workers: 0 is not"),
         ({"seed": "x"}, "seed: 'x' is not"),
         ({"dropout": 1.0}, "dropout: 1.0 is not"),
+        ({"dropout": "1"}, "dropout: '1' is not"),
+        ({"client_timeout": "1"}, "client_timeout: '1' is not"),
+        ({"node_config": {"partition-id": 7}}, "node_config: 'partition-id' is the simulation's own"),
+        ({"node_config": lambda partition: {"num-partitions": 7}}, "node_config: 'num-partitions' is"),
         ({"engine": "proceses"}, "engine: .*did you mean 'processes'"),
         ({"run_config": {"a": [1]}}, "run_config.a: list is not"),
         ({"client_app": 3}, "client_app: int is not"),

@@ -274,3 +274,14 @@ def test_the_app_is_called_by_flowers_own_rules():
     run(lambda grid, _: grid.send_and_receive([asked(grid.get_node_ids()[0], "query.mine")]), 1, app)
     assert calls == ["enter", "mod", "app", "exit"]
     assert told is not app
+
+
+@pytest.mark.parametrize("engine", ["inline", "processes"])
+def test_one_message_sent_twice_is_two_messages(engine: str):
+    def server(grid: Grid, context: Context) -> Any:
+        node = next(iter(grid.get_node_ids()))
+        message = asked(node)
+        both = grid.send_and_receive([message, message])
+        return [reply.content["me"]["asked"] for reply in both], len({r.metadata.reply_to_message_id for r in both})
+
+    assert run(server, engine=engine) == ([1, 2], 2)

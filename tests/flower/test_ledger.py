@@ -273,7 +273,68 @@ def test_a_run_that_the_server_ends_early_keeps_its_rounds_and_says_why(ledger: 
     assert run.events["message"].tolist() == ["KeyError: 'w'"]
 
 
+def test_failures_are_counted_and_told_in_one_line(ledger: Ledger) -> None:
+    sent = [ask(node, **{"server-round": 1}) for node in NODES]
+    ledger.failed(sent[2], "ValueError: no\ndata")
+    ledger.phase(sent, [*map(answer, sent[:2]), refuse(sent[2])], 0.0, [7] * 2)
+    assert ledger.finish()["failures"] == 2
+    assert fedsim.load(ledger.directory).events["message"].tolist() == [
+        "client 2, train: ValueError: no data",
+        "client 3, train: no reply",
+    ]
+
+
+def test_a_message_to_nobody_is_an_event(ledger: Ledger) -> None:
+    ledger.dropped(ask(77, **{"server-round": 2}), "there is no such node")
+    play(ledger, [[ask(NODES[0], **{"server-round": 2})]])
+    (event,) = fedsim.load(ledger.directory).events.to_dict("records")
+    assert (event["round"], event["kind"]) == (2, "not_sent")
+    assert event["message"] == "node 77, train: not sent: there is no such node"
+
+
+def test_the_privacy_spent_is_the_most_that_anybody_reports(ledger: Ledger) -> None:
+    for number, spent in ((1, [0.5, 0.75]), (2, [0.25, 1.5])):
+        sent = [ask(node, **{"server-round": number}) for node in NODES[:2]]
+        replies = [answer(m, {"num-examples": 1, "epsilon": e}) for m, e in zip(sent, spent, strict=True)]
+        ledger.phase(sent, replies, 0.0, [7, 7])
+        ledger.metrics("train", number, {"epsilon": sum(spent) / 2})
+    ledger.metrics("train", 3, {"epsilon": 2.0})
+    assert ledger.finish()["epsilon"] == 2.0
+    assert fedsim.load(ledger.directory).history["epsilon"].tolist() == [0.75, 1.5, 2.0]
+
+
+def test_an_app_that_reports_no_epsilon_has_none(ledger: Ledger) -> None:
+    ledger.phase(sent := [ask(NODES[0])], [answer(sent[0])], 0.0, [7])
+    assert ledger.finish()["epsilon"] is None
+
+
 # ------------------------------------------------------------------------------------------------ the directory
+
+
+def test_the_record_stays_where_it_began(tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    mine = Ledger(Path("mine"), ledger.app)
+    mine.begin(NODES, "inline", 1)
+    mine.phase(sent := [ask(NODES[0])], [answer(sent[0])], 0.0, [7])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert mine.finish()["out"] == "mine"
+    mine.close()
+    assert rounds(fedsim.load(tmp_path / "mine")) == [(1, 1)]
+    assert not list(Path().iterdir())
+
+
+def test_where_the_loss_is_the_only_metric_the_report_speaks_of_it(ledger: Ledger) -> None:
+    from fedsim.report import write_report
+
+    sent = [ask(NODES[0], "evaluate", **{"server-round": 1})]
+    ledger.phase(sent, [answer(sent[0], {"num-examples": 4, "eval_loss": 1.25})], 0.0, [7])
+    ledger.finish()
+    page = write_report([ledger.directory]).read_text()
+    assert "no evaluation yet" not in page
+    assert "reached 1.25" in page
+    assert "client test loss" in page.lower()
+    assert "client test accuracy</dt>" not in page.lower()
 
 
 def test_the_directory_is_like_any_runs(ledger: Ledger) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import subprocess
 import sys
@@ -336,3 +337,51 @@ def test_an_app_of_a_module_is_found_by_its_name():
     from fedsim.flower.worker import Named, travelling
 
     assert travelling(told) == Named("tests.flower.serving:told")
+
+
+@pytest.mark.parametrize(("engine", "workers"), ENGINES)
+def test_what_a_client_changes_in_its_process_reaches_no_other_client(engine: str, workers: int | None, tmp_path: Path):
+    app = ClientApp()
+
+    @app.query()
+    def changes(message: Message, context: Context) -> Message:
+        found = {
+            "folder": os.getcwd(),
+            "variable": os.environ.get("FEDSIM_TEST", "none"),
+            "dtype": str(torch.ones(1).dtype),
+            "gradients": torch.is_grad_enabled(),
+            "threads": torch.get_num_threads(),
+        }
+        os.chdir(tmp_path)
+        os.environ["FEDSIM_TEST"] = "changed"
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        torch.set_num_threads(2)
+        return Message(RecordDict({"found": ConfigRecord(found)}), reply_to=message)
+
+    def server(grid: Grid, context: Context) -> Any:
+        replies = grid.send_and_receive([asked(node) for node in grid.get_node_ids()])
+        return [dict(reply.content["found"]) for reply in replies]
+
+    found = run(server, 4, app, engine=engine, workers=workers)
+    expected = {"folder": os.getcwd(), "variable": "none", "dtype": "torch.float32", "gradients": True, "threads": 1}
+    assert found == [expected] * 4
+
+
+@pytest.mark.parametrize(("engine", "workers"), ENGINES)
+def test_clients_have_the_callers_default_dtype(engine: str, workers: int | None):
+    app = ClientApp()
+
+    @app.query()
+    def tells(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"found": ConfigRecord({"dtype": str(torch.ones(1).dtype)})}), reply_to=message)
+
+    def server(grid: Grid, context: Context) -> Any:
+        torch.set_default_dtype(torch.float32)  # the server's own affair
+        return [r.content["found"]["dtype"] for r in grid.send_and_receive([asked(n) for n in grid.get_node_ids()])]
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert run(server, 2, app, engine=engine, workers=workers) == ["torch.float64"] * 2
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -8,21 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
 import fedsim.flower.simulation
 import strategies
-from clients import RequestError
-from clients.flower_app import initial_arrays
+from clients import Recipe, RequestError
+from clients.flower_app import client_app, initial_arrays
 from strategies.client_hooks import ClientHooks
 from strategies.flower import MessageStrategy, on_grid, start
 from tests.flower.small_grid import SmallGrid
 from tests.flower.worlds import (
     CLIENTS,
     ROUNDS,
+    Net,
     NormNet,
     app_of,
     assembled,
@@ -56,6 +57,7 @@ SAME = {
     "local batch norm": {"model": NormNet, "client": {"batch_norm": "local"}},
     "adam with kept moments": {"client": {"optimizer": "adam", "lr": 0.01, "optimizer_state": "keep"}},
     "example-level privacy": {"client": {"dp_sgd": {"noise_multiplier": 1.0}}},
+    "frozen body": {"client": {"freeze": ["body.*"]}},
     "cosine schedule": {"client": {"schedule": "cosine"}},
     "float64": {"client": {"precision": "float64"}},
 }
@@ -205,136 +207,6 @@ def test_metrics_that_do_not_add_are_means_by_example() -> None:
     assert adapter.dropped == []
 
 
-# ---------------------------------------------------------------------------------------------------- what comes back
-
-
-def changed(change):
-    """A grid's ``after`` that changes what partition 2 trains."""
-
-    def after(partition: int, message: Message, reply: Message) -> Message | None:
-        return change(reply) if partition == 2 and message.metadata.message_type == "train" else reply
-
-    return after
-
-
-def with_arrays(arrays: dict[str, np.ndarray]):
-    def change(reply: Message) -> Message:
-        reply.content["arrays"] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
-        return reply
-
-    return change
-
-
-def with_metrics(**metrics: Any):
-    def change(reply: Message) -> Message:
-        reply.content["metrics"] = MetricRecord({**reply.content["metrics"], **metrics})
-        return reply
-
-    return change
-
-
-def without(key: str):
-    def change(reply: Message) -> Message:
-        del reply.content[key]
-        return reply
-
-    return change
-
-
-def erred(reply: Message) -> Message:
-    made = Message(Error(2, "Traceback ...\nValueError: no disk"), reply_to=reply)
-    made.metadata.__dict__["_src_node_id"] = reply.metadata.src_node_id
-    return made
-
-
-def beside(reply: Message) -> Message:
-    reply.content["more"] = reply.content["arrays"].copy()
-    return reply
-
-
-SIZE = 64 * 12 + 12 + 12 * 10 + 10
-BAD = {
-    "an error": (erred, "ValueError: no disk"),
-    "no answer": (lambda reply: None, "no answer came in time"),
-    "no arrays": (without("arrays"), "0 ArrayRecords"),
-    "two records of arrays": (beside, "2 ArrayRecords"),
-    "no metrics": (without("metrics"), "0 MetricRecords"),
-    "other keys": (with_arrays({"weights": np.zeros(SIZE, np.float32)}), "neither 'update' nor a payload, but weights"),
-    "another shape": (with_arrays({"update": np.zeros(SIZE - 1, np.float32)}), f"real numbers [{SIZE}]"),
-    "whole numbers": (with_arrays({"update": np.zeros(SIZE, np.int64)}), "int64"),
-    "NaN": (with_arrays({"update": np.full(SIZE, np.nan, np.float32)}), "NaN or infinite"),
-    "what no tensor can hold": (with_arrays({"update": np.array(["a"] * SIZE)}), "TypeError"),
-    "statistics of its own": (
-        with_arrays({"update": np.zeros(SIZE, np.float32), "send/x": np.ones(3)}),
-        "as it should",
-    ),
-    "no examples": (with_metrics(**{"num-examples": 0}), "num-examples = 0"),
-    "an infinite weight": (with_metrics(weight=float("inf")), "weight = inf"),
-    "a negative weight": (with_metrics(weight=-1.0), "weight = -1.0"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_a_reply_that_is_no_update_is_dropped_and_told(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    change, why = BAD[kind]
-    assembly = assembled({"name": "fedavg", "clients_per_round": CLIENTS}, rounds=1)
-    grid = SmallGrid(app_of(assembly, hooks=ClientHooks(assembly.setup.strategy)), CLIENTS, changed(change))
-    with caplog.at_level(logging.WARNING, "flwr"):
-        adapter, weights, result = by_messages(assembly, grid, evaluate_every=0)
-    assert [(lost.round, lost.node, lost.client) for lost in adapter.dropped] == [(1, 1002, 2)]
-    assert why in adapter.dropped[0].why
-    assert f"round 1: the reply of node 1002 (client 2) is dropped: {adapter.dropped[0].why}" in caplog.text
-    assert result.train_metrics_clientapp[1]["dropped"] == 1
-    others = SmallGrid(app_of(assembly, hooks=ClientHooks(assembly.setup.strategy)), CLIENTS, changed(lambda _: None))
-    assert torch.equal(weights, by_messages(assembly, others, evaluate_every=0)[1])
-
-
-def test_an_answer_counts_once_and_only_from_who_was_asked() -> None:
-    assembly = assembled({"name": "fedavg", "clients_per_round": 2}, rounds=1)
-    setup = assembly.setup
-    grid = SmallGrid(app_of(assembly), CLIENTS)
-    adapter = on_grid(setup.strategy, seed=setup.seed)
-    messages = list(adapter.configure_train(1, start_of(assembly), {}, grid))
-    replies = list(grid.send_and_receive(messages))
-    first, second = replies
-    stranger = Message(RecordDict(second.content), reply_to=messages[0])
-    stranger.metadata.__dict__["_src_node_id"] = 4711
-    adapter.aggregate_train(1, [first, first, stranger, second])
-    assert [lost.node for lost in adapter.dropped] == [first.metadata.src_node_id, 4711]
-
-
-def test_weights_are_kept_where_too_few_answer(caplog: pytest.LogCaptureFixture) -> None:
-    assembly = assembled({"name": "krum", "clients_per_round": 5}, rounds=1)
-    grid = SmallGrid(app_of(assembly), CLIENTS)
-    adapter = on_grid(assembly.setup.strategy, seed=assembly.setup.seed)
-    messages = adapter.configure_train(1, start_of(assembly), {}, grid)
-    with caplog.at_level(logging.WARNING, "flwr"):
-        arrays, metrics = adapter.aggregate_train(1, list(grid.send_and_receive(messages))[:1])
-    assert arrays is None
-    assert (metrics["clients"], metrics["dropped"]) == (1, 4)
-    assert "round 1: 1 of 5 clients' updates are usable" in caplog.text
-    assert torch.equal(adapter.weights, assembly.setup.layout.flatten(assembly.setup.model))
-
-
-def test_a_lost_updates_control_variate_is_forgotten() -> None:
-    """SCAFFOLD's c is the mean of the clients' c_i (Karimireddy et al. 2020), whoever's update was lost on its way."""
-    assembly = assembled({"name": "scaffold", "clients_per_round": CLIENTS}, rounds=4)
-
-    def lost(partition: int, message: Message, reply: Message) -> Message | None:
-        training = message.metadata.message_type == "train"
-        gone = training and partition == 2 and message.content["config"]["server-round"] in (1, 3)
-        return None if gone else reply
-
-    grid = SmallGrid(app_of(assembly, hooks=ClientHooks(assembly.setup.strategy)), CLIENTS, lost)
-    adapter, _, _ = by_messages(assembly, grid, evaluate_every=0)
-    assert len(adapter.dropped) == 2
-    # One more round makes every client decide about its last.
-    c = adapter.state["correction/control"]
-    list(grid.send_and_receive(adapter.configure_train(5, start_of(assembly), {}, grid)))
-    kept = [context.state["fedsim-state"]["correction/control"].numpy() for context in grid.contexts.values()]
-    np.testing.assert_allclose(np.mean(kept, axis=0, dtype=np.float64), c.numpy(), atol=1e-6)
-
-
 # -------------------------------------------------------------------------------------------- clients of other people's
 
 
@@ -418,6 +290,82 @@ def test_clients_without_the_strategys_half_are_refused_before_they_train() -> N
     assert refusal(scaffold, app_of(assembly)).startswith("hooks: the clients have no hooks, and this server's")
     assert "have Strategy(correction=Prox(mu=1.0)" in refusal(scaffold, app_of(assembly, hooks=other))
     assert "does not answer as one of clients.client_app" in refusal(scaffold, foreign_app(assembly))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "hooks"),
+    [
+        (strategies.FedProx(mu=0.2), None),
+        (strategies.FedProx(mu=0.2), strategies.FedProx(mu=0.1)),
+        (strategies.FedAvg(), strategies.FedProx(mu=0.1)),
+        (strategies.FedAvg(), strategies.Scaffold()),
+        (strategies.FedAvg(), strategies.FedAvg(plugins=[strategies.Quantize(bits=4)])),
+        (strategies.FedNova(), None),
+    ],
+)
+def test_a_term_that_only_one_side_has_is_refused_before_anybody_trains(strategy: Any, hooks: Any) -> None:
+    half = None if hooks is None else ClientHooks(hooks)
+    assert refusal(strategy, app_of(assembled(), hooks=half)).startswith("hooks: the clients have ")
+
+
+@pytest.mark.parametrize("strategy", [strategies.FedProx(mu=0.2), strategies.FedNova()])
+def test_a_plain_client_app_cannot_carry_out_a_strategys_part(strategy: Any) -> None:
+    assert "does not answer as one of clients.client_app" in refusal(strategy, foreign_app(assembled()))
+
+
+def test_hooks_that_change_nothing_go_with_any_rule_that_needs_nothing_of_clients() -> None:
+    assembly = assembled()
+    adapter = on_grid(strategies.Median(), evaluate_every=0)
+    grid = SmallGrid(app_of(assembly, hooks=ClientHooks(strategies.FedAvg())), CLIENTS)
+    adapter.start(grid, start_of(assembly), num_rounds=1)
+    assert adapter.dropped == []
+
+
+def test_central_noise_goes_with_no_least_number_of_clients() -> None:
+    with pytest.raises(RequestError, match=r"^min_clients: 2 would show, by a round that keeps the weights"):
+        on_grid(strategies.DPFedAvg(), min_clients=2)
+
+
+def test_nodes_that_cannot_take_part_are_told_with_their_reason(caplog: pytest.LogCaptureFixture) -> None:
+    assembly = assembled()
+    sound = app_of(assembly)
+
+    def no_disk(partition: int) -> Any:
+        raise OSError("no disk")
+
+    broken = client_app(recipe_of(assembly), assembly.setup.model, no_disk)
+
+    def silent(partition: int, message: Message, reply: Message) -> Message | None:
+        return None if partition == 4 and message.metadata.message_type.startswith("query") else reply
+
+    grid = SmallGrid(lambda partition: broken if partition == 2 else sound, CLIENTS, silent)
+    adapter = on_grid(strategies.FedAvg(), seed=assembly.setup.seed, evaluate_every=0, ask_timeout=5)
+    with caplog.at_level(logging.WARNING, "flwr"):
+        adapter.start(grid, start_of(assembly), num_rounds=2)
+    assert sorted(adapter.dropped) == [
+        (0, 1002, -1, "data: OSError: no disk"),
+        (0, 1004, -1, "no answer to the roll call within 5 s"),
+    ]
+    assert caplog.text.count("node 1002 cannot take part: data: OSError: no disk") == 1
+    told = refusal(strategies.FedAvg(), broken)
+    assert told == f"nodes: none of {CLIENTS} can take part; node 1000: data: OSError: no disk"
+
+
+def eight_examples(partition: int) -> dict[str, torch.Tensor]:
+    return {"x": torch.arange(512.0).reshape(8, 64) / 512, "y": torch.arange(8)}
+
+
+def test_a_delta_that_would_give_an_example_away_is_refused() -> None:
+    app = client_app(Recipe(dp_sgd={"noise_multiplier": 1.0, "delta": 0.125}), Net, eight_examples)
+    told = refusal(strategies.FedAvg(), app)
+    assert told.startswith("client.dp_sgd.delta: 0.125 is no less than 1 / 8, the examples of the client")
+
+
+def test_partitions_that_would_fill_the_memory_are_refused() -> None:
+    grid = SmallGrid(client_app(Recipe(), Net, eight_examples), 1)
+    grid.contexts[1000].node_config.update({"partition-id": 10**9, "num-partitions": 2 * 10**9})
+    with pytest.raises(RequestError, match=r"^nodes: 1000 holds partition 1000000000; give partition-ids from 0"):
+        on_grid(strategies.FedAvg()).start(grid, start_of(assembled()), num_rounds=1)
 
 
 def test_two_nodes_with_one_partition_and_other_seeds_for_masks_are_refused() -> None:
