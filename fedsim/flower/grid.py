@@ -23,7 +23,7 @@ from fedsim.flower.nodes import Nodes
 from fedsim.flower.parcels import EMPTY, Packed, Shelf, ends, lay, moved, pack, size, unpack
 from fedsim.flower.worker import Chunk, Item, Reply
 
-_TARGET = 0.02  # seconds of work that a chunk of quick messages should hold
+_TARGET = 0.01  # seconds of work that a chunk of quick messages should hold
 _GRACE = 2.0  # seconds after its limit at which a worker that cannot be interrupted is ended
 _ENDLESS = 1e8  # seconds that no limit needs to be kept for
 _QUIET = 0.5  # seconds without another message after which a legacy server is taken to have sent all

@@ -132,7 +132,9 @@ class Facts:
         if told in names:
             return told
         others = [name for name in names if name not in ("loss", "examples")]
-        return "accuracy" if "accuracy" in names or not others else others[0]
+        if not names or "accuracy" in names:
+            return "accuracy"
+        return others[0] if others else "loss"
 
     def last(self, name: str, split: str | None = None) -> float | None:
         """A metric in the last round that has it."""

@@ -73,6 +73,21 @@ def test_an_unknown_id_gives_an_error_message():
     assert "nobody" in reply.error.reason
 
 
+def test_messages_to_unknown_nodes_reach_the_ledger():
+    class Heard:
+        dropped_: list[tuple[int, str]] = []
+
+        def begin(self, *args: Any) -> None: ...
+        def answered(self, *args: Any) -> None: ...
+        def phase(self, *args: Any) -> None: ...
+        def failed(self, *args: Any) -> None: ...
+        def dropped(self, message: Message, why: str) -> None:
+            self.dropped_.append((message.metadata.dst_node_id, why))
+
+    run(lambda grid, _: grid.send_and_receive([asked(7), asked(grid.get_node_ids()[0])]), ledger=Heard())
+    assert Heard.dropped_ == [(7, "there is no such node; the nodes are 1000000 to 1000002")]
+
+
 def test_messages_to_unknown_nodes_are_dropped_and_it_is_said(caplog: pytest.LogCaptureFixture):
     replies = run(lambda grid, _: grid.send_and_receive([asked(7), asked(grid.get_node_ids()[0])]))
     assert partitions(replies) == [0]
