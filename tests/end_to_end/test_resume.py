@@ -50,7 +50,7 @@ def test_killed_three_times_it_ends_in_the_same_bits(whole, tmp_path):
     assert again == result
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("damage", ["cut", pytest.param("gone", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_costs_a_round(whole, tmp_path, damage):
     directory = tmp_path / "run"
     process = start(tmp_path, "run", "--quiet", "--out", "run", *ROUNDS)

@@ -65,6 +65,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "resnet18.pt"
 
 
+@pytest.mark.slow
 def test_fine_tuning_the_head_of_a_frozen_resnet18_sends_less_than_a_hundredth_and_says_so(file, tmp_path):
     text = f"""
     rounds = 2
