@@ -205,6 +205,19 @@ def build(part: Part, kind: str, base: Path | None = None, *, key: str = "", **o
         raise RequestError(f"{_at(key or kind_of(kind).noun)}{_said(error)}") from error
 
 
+def build_inner(given: Any, kind: str, base: Path | None = None, *, key: str = "") -> Any:
+    """The object that stands inside another part: of a name, a table with its name and settings, or itself.
+
+    Raises:
+        RequestError: what is wrong with it, under ``key``.
+    """
+    try:
+        part = Part.of(given)
+    except ValueError as error:
+        raise RequestError(f"{_at(key)}{error}") from None
+    return build(part, kind, base, key=key)
+
+
 def build_function(part: Part, kind: str, base: Path | None = None, *, key: str = "") -> Callable[..., Any]:
     """The function that a part stands for, its settings bound; for things that are called again and again.
 

@@ -15,14 +15,26 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+#: SplitMix64's step from one counter to the next.
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+_ROUNDS = (
+    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
+    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
+    (np.uint64(31), None),
+)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser, a bijection of 64-bit words. Array in, array out (numpy wraps arrays silently)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser, a bijection of 64-bit words: changes ``uint64`` words in place, and returns them."""
+    shifted = np.empty_like(x)
+    for shift, factor in _ROUNDS:
+        np.right_shift(x, shift, out=shifted)
+        np.bitwise_xor(x, shifted, out=x)
+        if factor is not None:
+            np.multiply(x, factor, out=x)
+    return x
 
 
 def keys(seed: int, purpose: str, round: int = 0, clients: np.ndarray | int = 0) -> np.ndarray:
@@ -40,7 +52,7 @@ def keys(seed: int, purpose: str, round: int = 0, clients: np.ndarray | int = 0)
     digest = hashlib.blake2b(f"{seed}/{purpose}/{round}".encode(), digest_size=8).digest()
     base = np.uint64(int.from_bytes(digest, "little"))
     ids = np.atleast_1d(np.asarray(clients)).astype(np.int64).view(np.uint64)
-    return _mix(_mix(ids * _GOLDEN + base) + base)
+    return mix(mix(ids * GOLDEN + base) + base)
 
 
 def key(seed: int, purpose: str, round: int = 0, client: int = 0) -> int:
@@ -60,7 +72,7 @@ def uniforms(keys: np.ndarray, size: int, start: int = 0) -> np.ndarray:
         ``float64 [k, size]``.
     """
     counters = np.arange(start + 1, start + size + 1, dtype=np.uint64)
-    words = _mix(keys[:, None] + counters[None, :] * _GOLDEN)
+    words = mix(keys[:, None] + counters[None, :] * GOLDEN)
     return (words >> np.uint64(11)) * (1.0 / (1 << 53))
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from clients import catalog, randomness
 from clients.errors import RequestError
-from clients.parts import Part
 from clients.updates import Updates
 from strategies.context import Context
 from strategies.plugins import Plugin, State
@@ -127,11 +126,7 @@ def built(codec: Any, base: Path | None, key: str) -> Codec:
     """
     if isinstance(codec, Codec):
         return codec
-    try:
-        part = Part.of(codec)
-    except ValueError as error:
-        raise RequestError(f"{key}: {error}") from None
-    made = catalog.build(part, "plugins", base, key=key)
+    made = catalog.build_inner(codec, "plugins", base, key=key)
     if not isinstance(made, Codec):
         raise RequestError(
             f"{key}: {made!r} is no codec; name one, such as top_k, or derive it from strategies.compression.Codec"

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clients import randomness
+
 MODULUS = 1 << 32
 
 #: float64 adds so many words of 32 bits without rounding.
 MOST_CLIENTS = 1 << 21
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _STEPS, _AT_ONCE = 1 << 12, 1 << 15
 
 
@@ -118,15 +118,9 @@ def _streams(keys: np.ndarray, steps: int) -> Iterator[tuple[int, np.ndarray]]:
     a step. A piece stays in the processor's cache, and is valid until the next is asked for."""
     width = min(steps, _STEPS)
     some = max(1, _AT_ONCE // max(1, width))
-    counters = np.arange(1, steps + 1, dtype=np.uint64) * _GOLDEN
+    counters = np.arange(1, steps + 1, dtype=np.uint64) * randomness.GOLDEN
     for first in range(0, len(keys), some):
         chosen = keys[first : first + some, None]
         for start in range(0, steps, width):
             x = chosen + counters[start : start + width]
-            shifted = np.empty_like(x)
-            for shift, factor in ((30, _FIRST), (27, _SECOND), (31, None)):
-                np.right_shift(x, np.uint64(shift), out=shifted)
-                np.bitwise_xor(x, shifted, out=x)
-                if factor is not None:
-                    np.multiply(x, factor, out=x)
-            yield 2 * start, x.view(np.uint32)
+            yield 2 * start, randomness.mix(x).view(np.uint32)

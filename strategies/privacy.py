@@ -102,9 +102,8 @@ class AdaptiveClip(_Clipping):
         return share * expected
 
     def client(self, u: Updates, state: State, ctx: Context) -> tuple[Updates, State]:
-        below = norms(u.rows) <= self.bounded_by(state)
         u, state = super().client(u, state, ctx)
-        return u.send(below=below.to(torch.uint8)), state
+        return u.send(below=(u.report["clipped"] == 0).to(torch.uint8)), state
 
     def fits(self, strategy: Any) -> list[str]:
         if sum(isinstance(plugin, AdaptiveClip) for plugin in strategy.plugins) == 1:

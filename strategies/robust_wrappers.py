@@ -11,7 +11,6 @@ from torch import Tensor
 
 from clients import catalog
 from clients.errors import RequestError
-from clients.parts import Part
 from clients.recipe import Count, Recipe
 from clients.updates import Updates
 from strategies import mixing
@@ -139,11 +138,7 @@ def _built(inner: Any, base: Path | None) -> Aggregator:
     key = "strategy.aggregator.inner"
     if isinstance(inner, Aggregator):
         return inner
-    try:
-        part = Part.of(inner)
-    except ValueError as error:
-        raise RequestError(f"{key}: {error}") from None
-    made = catalog.build(part, "aggregators", base, key=key)
+    made = catalog.build_inner(inner, "aggregators", base, key=key)
     if not isinstance(made, Aggregator):
         raise RequestError(f"{key}: {made!r} is no Aggregator; derive it from strategies.Aggregator")
     return made
